@@ -1,0 +1,42 @@
+"""The errors that a client is told about.
+
+Every room raises these, so they stand below all of them.  An :class:`Error`
+is a refusal with a text meant for the person at the other end; whatever else
+is raised is a fault of ours.  The QMP error classes are those of the QMP
+specification, section "Error"; new conditions use GenericError.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """A refusal: what was wrong, with which value, and what would be right.
+
+    :param desc: the text that the client is shown, without a final full stop
+        unless QEMU's own wording has one.
+    """
+
+    #: The QMP error class that goes on the wire.
+    error_class = "GenericError"
+
+    def __init__(self, desc: str) -> None:
+        super().__init__(desc)
+        self.desc = desc
+
+
+class CommandNotFound(Error):
+    """The command does not exist, or not in the session's present state."""
+
+    error_class = "CommandNotFound"
+
+
+class DeviceNotFound(Error):
+    """A device, an object path or a QOM class is not there."""
+
+    error_class = "DeviceNotFound"
+
+
+class DeviceNotActive(Error):
+    """A block job that is not (or no longer) running."""
+
+    error_class = "DeviceNotActive"
