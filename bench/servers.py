@@ -1,0 +1,136 @@
+"""The servers that are compared, how they start, and what they weigh."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+#: Seconds that a daemon may take from its start to its greeting.
+PATIENCE: Final = 30.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A daemon with qemu-storage-daemon's command line.
+
+    :param command: the words that start it, before any option.
+    """
+
+    name: str
+    command: Sequence[str]
+
+    def version(self) -> str:
+        """Return the version that the program itself says."""
+        shown = subprocess.run([*self.command, "--version"], capture_output=True, text=True, check=False)
+        found = re.search(r"\d+(?:\.\d+)+", shown.stdout)
+        return found[0] if found else "of no version"
+
+
+def qmpd() -> Program:
+    """Return qmpd as this interpreter runs it."""
+    return Program("qmpd", (sys.executable, "-m", "qmpd"))
+
+
+def storage_daemon() -> Program | None:
+    """Return qemu-storage-daemon, or None where it is not installed."""
+    path = shutil.which("qemu-storage-daemon")
+    return None if path is None else Program("qemu-storage-daemon", (path,))
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running daemon with a monitor on ``socket``.
+
+    :param start_seconds: from the start of the process to its greeting.
+    """
+
+    process: subprocess.Popen[bytes]
+    socket: Path
+    start_seconds: float
+
+    def resident_memory(self) -> int:
+        """Return the resident set in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+@contextmanager
+def running(program: Program) -> Iterator[Server]:
+    """Start *program* with a monitor, and end it at the end of the block."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        path = Path(directory, "qmp.sock")
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [
+                *program.command,
+                "--chardev",
+                f"socket,id=mon,path={path},server=on,wait=off",
+                "--monitor",
+                "chardev=mon",
+            ]
+        )
+        try:
+            _wait_for_greeting(process, path)
+            yield Server(process, path, time.perf_counter() - start)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _wait_for_greeting(process: subprocess.Popen[bytes], path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(PATIENCE)
+                client.connect(str(path))
+                client.recv(4096)
+                return
+        except (FileNotFoundError, ConnectionRefusedError):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{process.args!r} does not serve {path}") from None
+            time.sleep(0.001)
+
+
+class Loader:
+    """A load process (``load.py``) connected to *server*."""
+
+    def __init__(self, server: Server) -> None:
+        script = Path(__file__).with_name("load.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-E", str(script), str(server.socket)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, template: str, count: int, *, first: int = 0, pipelined: bool = False) -> float:
+        """Have *count* commands sent and return commands a second."""
+        request = {"template": template, "first": first, "count": count, "pipelined": pipelined}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the load process gave up on {template}")
+        return float(count / json.loads(answer)["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()

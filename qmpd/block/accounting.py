@@ -1,0 +1,33 @@
+"""Counting what goes through a backend: operations, bytes, time, by kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+KINDS = ("rd", "wr", "flush", "unmap", "zone_append")
+
+
+@dataclass
+class Counter:
+    """One kind of request."""
+
+    operations: int = 0
+    bytes: int = 0
+    failed: int = 0
+    invalid: int = 0
+    merged: int = 0
+    #: Time spent, in nanoseconds.
+    time: int = 0
+
+
+@dataclass
+class Accounting:
+    """The counters of one backend, and which requests they take in.
+
+    :param count_invalid: invalid requests are counted as operations as well.
+    :param count_failed: so are failed ones.
+    """
+
+    count_invalid: bool = True
+    count_failed: bool = True
+    counters: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})

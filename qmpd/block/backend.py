@@ -1,0 +1,137 @@
+"""A user of a node from outside the graph: a guest's disk, an export, qemu-io.
+
+A backend is the upper end of an edge called "root".  It takes permissions on
+its node, and requests go through it, so that it can count them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qmpd.block.accounting import Accounting
+from qmpd.block.edge import Edge
+from qmpd.block.node import Data, Node
+from qmpd.block.permissions import Permission
+
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+
+
+class Backend:
+    """Takes `perm` on a node, shares `shared`.
+
+    :param name: the monitor's name for it ("" for all that a `blockdev-add` world has).
+    :param qdev: the device that it belongs to, as messages and `query-block` name
+        it: a QOM path, or an id.
+    :param device_id: the id under which commands find the device.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        name: str = "",
+        qdev: str | None = None,
+        device_id: str | None = None,
+        perm: Permission = Permission.CONSISTENT_READ,
+        shared: Permission = Permission.everything(),  # noqa: B008 - an enum's member never changes
+    ) -> None:
+        self.graph = graph
+        self.name = name
+        self.qdev = qdev
+        self.device_id = device_id
+        self.perm = perm
+        self.shared = shared
+        self.accounting = Accounting()
+        self._edge: Edge | None = None
+
+    def describe(self) -> str:
+        """How a message names this backend as a parent."""
+        label = self.name or self.qdev
+        return f"block device '{label}'" if label else "an unnamed block device"
+
+    # -- the node below
+
+    @property
+    def node(self) -> Node:
+        """The node that it uses.
+
+        :raise RuntimeError: if there is none.
+        """
+        if self._edge is None:
+            raise RuntimeError("the backend is not attached")
+        return self._edge.child
+
+    @property
+    def edge(self) -> Edge | None:
+        """The edge to its node, or None while it has none."""
+        return self._edge
+
+    def attach(self, node: Node) -> None:
+        """Use `node` from now on.
+
+        :raise Error: on a conflict of permissions; then nothing has changed.
+        """
+        self._edge = self.graph.attach(self, "root", node, self.perm, self.shared)
+        self.graph.backends.append(self)
+
+    def detach(self) -> None:
+        """Let go of the node; harmless if there is none."""
+        if self._edge is not None:
+            edge, self._edge = self._edge, None
+            self.graph.backends.remove(self)
+            self.graph.detach(edge)
+
+    @contextmanager
+    def use(self, node: Node) -> Iterator[Backend]:
+        """Be attached to `node` for the time of a ``with``."""
+        self.attach(node)
+        try:
+            yield self
+        finally:
+            self.detach()
+
+    def set_permissions(self, perm: Permission, shared: Permission) -> None:
+        """Take and share something else on the node.
+
+        :raise Error: on a conflict; then all is as before.
+        """
+        if self._edge is not None:
+            self.graph.change_permissions(self._edge, perm, shared)
+        self.perm, self.shared = perm, shared
+
+    # -- requests
+
+    @property
+    def size(self) -> int:
+        """The disk's size in bytes."""
+        return self.node.size
+
+    async def pread(self, offset: int, length: int) -> Data:
+        """The `length` bytes at `offset`.
+
+        :raise OSError: EIO outside the disk, or what the storage says.
+        """
+        return await self.node.pread(offset, length)
+
+    async def pwrite(self, offset: int, data: Data) -> None:
+        """Write `data` at `offset`; raises as `pread`, and EPERM on a read-only node."""
+        await self.node.pwrite(offset, data)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Make `length` bytes at `offset` read as zeroes; with `unmap` their space may be given back."""
+        await self.node.pwrite_zeroes(offset, length, unmap=unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The data in this range is of no more use."""
+        await self.node.pdiscard(offset, length)
+
+    async def flush(self) -> None:
+        """What was written before is on stable storage afterwards."""
+        await self.node.flush()
+
+    async def truncate(self, size: int, preallocation: str = "off") -> None:
+        """Change the disk's size to `size` bytes."""
+        await self.node.truncate(size, preallocation)

@@ -1,0 +1,273 @@
+"""The driver `file`: a regular file of the host.
+
+Reads try the page cache first (`RWF_NOWAIT`); only what is not there, and
+everything that writes, goes to a thread, so the event loop never waits for
+storage.  With `cache.direct` the whole pages of a request go past the page
+cache, and only ragged ends through it.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qmpd.block import allocation
+from qmpd.block.file_locks import ImageLocks
+from qmpd.block.node import SECTOR, Node, NotSupported
+from qmpd.block.options import NodeOptions
+from qmpd.block.permissions import Permission
+from qmpd.errors import Error
+
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+
+#: O_DIRECT wants memory, offsets and lengths in units of this many bytes.
+PAGE = mmap.PAGESIZE
+
+#: `fallocate` modes that a file system may not have.
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+
+#: Preallocation in full is written in pieces of this many bytes.
+_PIECE = 1 << 20
+
+
+def open_regular(filename: str, flags: int) -> int:
+    """A descriptor of a regular file; never waits for a FIFO's other end.
+
+    :raise OSError: as open(2).
+    :raise Error: if it is no regular file.
+    """
+    descriptor = os.open(filename, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Error(f"'file' driver requires '{filename}' to be a regular file")
+    return descriptor
+
+
+def resize(descriptor: int, size: int, preallocation: str) -> None:
+    """Set a file's size in bytes, and make room for what is new.
+
+    :param preallocation: "off", "falloc" or "full" (PreallocMode); "full" writes zeroes.
+    :raise Error: if the file can't have that size, or not in that way.
+    """
+    if preallocation not in ("off", "falloc", "full"):
+        raise Error(f"Unsupported preallocation mode: {preallocation}")
+    if size >= 1 << 63:
+        # off_t is signed: such a size is negative to the system.
+        raise Error(f"Could not resize file: {os.strerror(errno.EINVAL)}")
+    current = os.fstat(descriptor).st_size
+    if preallocation != "off" and size < current:
+        raise Error("Preallocation can't be used for shrinking files")
+    try:
+        if preallocation == "off":
+            os.ftruncate(descriptor, size)
+        elif preallocation == "falloc":
+            if size > current:
+                os.posix_fallocate(descriptor, current, size - current)
+        else:
+            os.ftruncate(descriptor, size)
+            zeroes = bytes(_PIECE)
+            for offset in range(current, size, _PIECE):
+                os.pwrite(descriptor, zeroes[: size - offset], offset)
+            os.fsync(descriptor)
+    except OSError as error:
+        if preallocation != "off":
+            os.ftruncate(descriptor, current)
+            raise Error(f"Could not preallocate data for the new file: {error.strerror}") from None
+        raise Error(f"Could not resize file: {error.strerror}") from None
+
+
+class FileNode(Node):
+    """One regular file, opened for as much as its options allow."""
+
+    driver = "file"
+    is_protocol = True
+
+    def __init__(
+        self, graph: Graph, name: str, options: Mapping[str, Any], node_options: NodeOptions
+    ) -> None:
+        super().__init__(graph, name, options, node_options)
+        self._filename: str = options["filename"]
+        self._descriptor = -1
+        self._direct_descriptor = -1
+        self._locks: ImageLocks | None = None
+        self._size = 0
+        self._discards_done = 0
+        self._discards_failed = 0
+        self._discarded_bytes = 0
+        if not self._filename:
+            raise Error("The 'file' block driver requires a file name")
+        if options.get("aio") == "native" and not node_options.direct:
+            raise Error("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+
+    async def open(self) -> None:
+        """Open the file."""
+        try:
+            self._descriptor = self._open_descriptor()
+            if self.node_options.direct:
+                flags = os.O_RDONLY if self.read_only else os.O_RDWR
+                self._direct_descriptor = open_regular(self._filename, flags | os.O_DIRECT)
+        except OSError as error:
+            raise Error(f"Could not open '{self._filename}': {error.strerror}") from None
+        if self.options.get("locking", "auto") != "off":
+            self._locks = ImageLocks(self._descriptor)
+        self._size = os.fstat(self._descriptor).st_size
+
+    def _open_descriptor(self) -> int:
+        if self.read_only:
+            return open_regular(self._filename, os.O_RDONLY)
+        try:
+            return open_regular(self._filename, os.O_RDWR)
+        except OSError as error:
+            may_fall_back = self.node_options.auto_read_only
+            if not may_fall_back or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+        self.read_only = True
+        return open_regular(self._filename, os.O_RDONLY)
+
+    async def close(self) -> None:
+        """Close the descriptors, which gives back the locks."""
+        for descriptor in (self._descriptor, self._direct_descriptor):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._direct_descriptor = -1
+
+    # -- permissions are locks
+
+    def prepare_permissions(self, perm: Permission, shared: Permission) -> None:
+        """Take the locks that the permissions stand for."""
+        if self._locks is not None:
+            self._locks.prepare(perm, Permission.everything() if self.node_options.force_share else shared)
+
+    def commit_permissions(self) -> None:
+        """Give back the locks that are no more needed."""
+        if self._locks is not None:
+            self._locks.commit()
+
+    def abort_permissions(self) -> None:
+        """Hold the locks from before."""
+        if self._locks is not None:
+            self._locks.abort()
+
+    # -- what it is
+
+    @property
+    def size(self) -> int:
+        """The file's size, rounded up to sectors."""
+        return -(-self._size // SECTOR) * SECTOR
+
+    @property
+    def exact_filename(self) -> str | None:
+        """The name that it was opened with."""
+        return self._filename
+
+    def full_options(self) -> dict[str, Any]:
+        """Driver and file name."""
+        return {"driver": self.driver, "filename": self._filename}
+
+    @property
+    def allocated_size(self) -> int:
+        """What the file occupies, in bytes (its blocks of 512 bytes as stat(2) counts them)."""
+        return os.fstat(self._descriptor).st_blocks * 512
+
+    @property
+    def has_info(self) -> bool:
+        """A file is never dirty, but it can say so."""
+        return True
+
+    def format_specific(self) -> dict[str, Any] | None:
+        """Nothing special, under the driver's name."""
+        return {"type": "file", "data": {}}
+
+    def driver_statistics(self) -> dict[str, Any] | None:
+        """What became of discards."""
+        return {
+            "driver": self.driver,
+            "discard-nb-ok": self._discards_done,
+            "discard-nb-failed": self._discards_failed,
+            "discard-bytes-ok": self._discarded_bytes,
+        }
+
+    # -- requests
+
+    async def _pread(self, offset: int, length: int) -> memoryview:
+        if self._direct_descriptor >= 0 and offset % PAGE == 0 and length % PAGE == 0 and length:
+            return await self.graph.in_io_thread(self._read_direct, offset, length)
+        buffer = memoryview(bytearray(length))
+        try:
+            done = os.preadv(self._descriptor, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+            done = 0
+        if done < length:
+            await self.graph.in_io_thread(self._read, buffer[done:], offset + done)
+        return buffer
+
+    def _read(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`; behind the end of the file it stays as it is, zeroes."""
+        while buffer:
+            done = os.preadv(self._descriptor, [buffer], offset)
+            if not done:
+                return
+            buffer, offset = buffer[done:], offset + done
+
+    def _read_direct(self, offset: int, length: int) -> memoryview:
+        buffer = memoryview(mmap.mmap(-1, length))
+        done = os.preadv(self._direct_descriptor, [buffer], offset)
+        if done < length:
+            self._read(buffer[done:], offset + done)
+        return buffer
+
+    async def _pwrite(self, offset: int, data: memoryview) -> None:
+        await self.graph.in_io_thread(self._write, data, offset)
+        self._size = max(self._size, offset + len(data))
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        if self._direct_descriptor >= 0 and offset % PAGE == 0 and len(data) % PAGE == 0:
+            with mmap.mmap(-1, len(data)) as aligned:
+                aligned[:] = data
+                done = os.pwrite(self._direct_descriptor, aligned, offset)
+            data, offset = data[done:], offset + done
+        while data:
+            done = os.pwrite(self._descriptor, data, offset)
+            data, offset = data[done:], offset + done
+
+    async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        mode = allocation.PUNCH_HOLE | allocation.KEEP_SIZE if unmap else allocation.ZERO_RANGE
+        if await self._fallocate(mode, offset, length):
+            return
+        if unmap and await self._fallocate(allocation.ZERO_RANGE, offset, length):
+            return
+        raise NotSupported
+
+    async def _pdiscard(self, offset: int, length: int) -> None:
+        if await self._fallocate(allocation.PUNCH_HOLE | allocation.KEEP_SIZE, offset, length):
+            self._discards_done += 1
+            self._discarded_bytes += length
+        else:
+            self._discards_failed += 1
+            raise NotSupported
+
+    async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """Whether the file system could do it."""
+        try:
+            await self.graph.in_io_thread(allocation.fallocate, self._descriptor, mode, offset, length)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                return False
+            raise
+        if not mode & allocation.KEEP_SIZE:
+            self._size = max(self._size, offset + length)
+        return True
+
+    async def _flush(self) -> None:
+        await self.graph.in_io_thread(os.fdatasync, self._descriptor)
+
+    async def _truncate(self, size: int, preallocation: str) -> None:
+        await self.graph.in_io_thread(resize, self._descriptor, size, preallocation)
+        self._size = size

@@ -1,0 +1,194 @@
+"""The driver `luks`: an encrypted disk; its header may live on another node.
+
+The child "file" holds the payload; the header is at its beginning, or on the
+child "header" if there is one.  The passphrase is asked for at the moment of
+opening and forgotten at once; the volume key lives in the sector cipher until
+the node is closed.  Keys are derived in a thread, so that the event loop
+never waits for one.
+
+Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in
+`qmpd.crypto.luks1`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from typing import Any
+
+from qmpd.block.node import SECTOR, Data, Node
+from qmpd.block.permissions import Permission
+from qmpd.crypto import luks1
+from qmpd.crypto.sectors import SectorCipher
+from qmpd.errors import Error
+
+#: Long requests are ciphered in tiles of this many bytes, and others get a turn in between.
+TILE = 256 * 1024
+
+
+async def read_padded(node: Node, offset: int, length: int) -> bytearray:
+    """The bytes at `offset`; what lies behind the end of the node reads as zeroes.
+
+    A truncated header is thereby found by what it says, not by its length.
+    """
+    available = max(0, min(length, node.size - offset))
+    buffer = bytearray(length)
+    if available:
+        buffer[:available] = memoryview(await node.pread(offset, available))
+    return buffer
+
+
+def unlock(
+    header: luks1.Header, password: bytes | bytearray, materials: list[tuple[int, bytearray]]
+) -> luks1.VolumeKey:
+    """The volume key, from the first keyslot that `password` opens.  Takes long: run it in a thread.
+
+    :param materials: the number and the key material of each active keyslot.
+    :raise Error: if it opens none.
+    """
+    for slot, material in materials:
+        key = luks1.unlock_slot(header, slot, password, material)
+        if key is not None:
+            return luks1.VolumeKey(key)
+    raise Error("Invalid password, cannot unlock any keyslot")
+
+
+class LuksNode(Node):
+    """A LUKS1 disk, unlocked."""
+
+    driver = "luks"
+    strong_options = ("key-secret",)
+    request_alignment = SECTOR
+
+    _header: luks1.Header
+    _cipher: SectorCipher | None = None
+    _payload_offset = 0
+
+    async def open(self) -> None:
+        """Read the header, unlock a keyslot, see that the payload is there."""
+        source = await self._open_header() or self.file
+        if "key-secret" not in self.options:
+            raise Error("Parameter 'key-secret' is required for cipher")
+        password = self.graph.secrets(self.options["key-secret"])
+        try:
+            data = await read_padded(source, 0, luks1.HEADER_BYTES)
+            header = luks1.Header.parse(data, detached=source is not self.file)
+            materials = [
+                (number, await read_padded(source, *header.material_extent(number)))
+                for number, slot in enumerate(header.slots)
+                if slot.active
+            ]
+        except OSError as error:
+            raise Error(f"Unable to read LUKS header: {error.strerror}") from None
+        with await self.graph.in_key_thread(unlock, header, password, materials) as key:
+            self._cipher = SectorCipher(header.spec, key.data)
+        self._header = header
+        self._payload_offset = header.payload_offset * luks1.SECTOR
+        if self._payload_offset > self.file.size:
+            raise Error(f"Could not refresh total sector count: {os.strerror(errno.EIO)}")
+
+    async def _open_header(self) -> Node | None:
+        """Attach the node with the detached header, if the options name one."""
+        if "header" in self.options and "header-file" in self.options:
+            raise Error("Parameters 'header' and 'header-file' are mutually exclusive")
+        reference = self.options.get("header", self.options.get("header-file"))
+        if reference is None:
+            return None
+        return await self.graph.open_child(self, "header", reference)
+
+    async def close(self) -> None:
+        """Wipe the key."""
+        if self._cipher is not None:
+            self._cipher.close()
+            self._cipher = None
+
+    # -- what it is
+
+    @property
+    def size(self) -> int:
+        """The payload's size."""
+        return max(self.file.size - self._payload_offset, 0) // SECTOR * SECTOR
+
+    @property
+    def encrypted(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def _is_detached(self) -> bool:
+        # A whole image may serve as header too; its payload offset still counts then.
+        return "header" in self.children and self._header.payload_offset == 0
+
+    def child_permissions(
+        self, role: str, perm: Permission, shared: Permission
+    ) -> tuple[Permission, Permission]:
+        """As its parents ask, and always to read: the key is worth nothing if the data moves.
+
+        The same goes for the header's node, so whoever writes the disk holds
+        off others who would change its keyslots.
+        """
+        return perm | Permission.CONSISTENT_READ, shared
+
+    def format_specific(self) -> dict[str, Any] | None:
+        """ImageInfoSpecificLUKS."""
+        header, spec = self._header, self._header.spec
+        data: dict[str, Any] = {
+            "cipher-alg": spec.algorithm,
+            "cipher-mode": spec.mode,
+            "ivgen-alg": spec.ivgen,
+            "hash-alg": header.hash_name,
+            "detached-header": self._is_detached,
+            "payload-offset": self._payload_offset,
+            "master-key-iters": header.digest_iterations,
+            "uuid": header.uuid,
+            "slots": [_slot_info(slot) for slot in header.slots],
+        }
+        if spec.ivgen_hash is not None:
+            data["ivgen-hash-alg"] = spec.ivgen_hash
+        return {"type": "luks", "data": data}
+
+    # -- requests
+
+    @property
+    def _active_cipher(self) -> SectorCipher:
+        assert self._cipher is not None
+        return self._cipher
+
+    async def _pread(self, offset: int, length: int) -> Data:
+        if length <= TILE:
+            data = await self.file.pread(self._payload_offset + offset, length)
+            return self._active_cipher.decrypt(data, offset // SECTOR)
+        plain = bytearray(length)
+        for start in range(0, length, TILE):
+            piece = min(TILE, length - start)
+            data = await self.file.pread(self._payload_offset + offset + start, piece)
+            plain[start : start + piece] = self._active_cipher.decrypt(data, (offset + start) // SECTOR)
+            await asyncio.sleep(0)
+        return plain
+
+    async def _pwrite(self, offset: int, data: memoryview) -> None:
+        for start in range(0, len(data), TILE):
+            if start:
+                await asyncio.sleep(0)
+            tile = self._active_cipher.encrypt(data[start : start + TILE], (offset + start) // SECTOR)
+            await self.file.pwrite(self._payload_offset + offset + start, tile)
+
+    async def _pdiscard(self, offset: int, length: int) -> None:
+        await self.file.pdiscard(self._payload_offset + offset, length)
+
+    async def _truncate(self, size: int, preallocation: str) -> None:
+        await self.file.truncate(self._payload_offset + size, preallocation)
+
+
+def _slot_info(slot: luks1.Keyslot) -> dict[str, Any]:
+    info: dict[str, Any] = {"active": slot.active, "key-offset": slot.key_offset * luks1.SECTOR}
+    if slot.active:
+        info |= {"iters": slot.iterations, "stripes": slot.stripes}
+    return info
+
+
+class GluksNode(LuksNode):
+    """The same under the name of the first proposal for detached headers."""
+
+    driver = "gluks"

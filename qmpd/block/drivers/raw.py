@@ -1,0 +1,70 @@
+"""The driver `raw`: its child's bytes as they are, or a window of them."""
+
+from __future__ import annotations
+
+from qmpd.block.node import SECTOR, Data, Node
+from qmpd.block.permissions import Permission
+from qmpd.errors import Error
+
+
+class RawNode(Node):
+    """Shifts requests by `offset` bytes; ends after `size` bytes if that is given."""
+
+    driver = "raw"
+    strong_options = ("offset", "size")
+
+    async def open(self) -> None:
+        """Check the window against the child's size."""
+        for name in self.strong_options:
+            value = self.options.get(name, 0)
+            if value < 0:
+                raise Error(f"Value '{value}' is out of range for parameter '{name}'")
+        real_size = self.file.size
+        self._offset: int = self.options.get("offset", 0)
+        self._fixed_size: int | None = self.options.get("size")
+        if self._offset > real_size:
+            raise Error(
+                f"Offset ({self._offset}) cannot be greater than size of the containing file ({real_size})"
+            )
+        if self._fixed_size is not None:
+            if self._fixed_size > real_size - self._offset:
+                raise Error(
+                    f"The sum of offset ({self._offset}) and size ({self._fixed_size}) has to be smaller "
+                    f"or equal to the  actual size of the containing file ({real_size})"
+                )
+            if self._fixed_size % SECTOR:
+                raise Error("Specified size is not multiple of 512")
+
+    @property
+    def _is_window(self) -> bool:
+        return any(name in self.options for name in self.strong_options)
+
+    @property
+    def size(self) -> int:
+        """The window's size, or what the child has from the offset on."""
+        if self._fixed_size is not None:
+            return self._fixed_size
+        return max(self.file.size - self._offset, 0) // SECTOR * SECTOR
+
+    def child_permissions(
+        self, role: str, perm: Permission, shared: Permission
+    ) -> tuple[Permission, Permission]:
+        """As its parents ask; but nobody may move the end under a window."""
+        return perm, shared & ~Permission.RESIZE if self._is_window else shared
+
+    async def _pread(self, offset: int, length: int) -> Data:
+        return await self.file.pread(self._offset + offset, length)
+
+    async def _pwrite(self, offset: int, data: memoryview) -> None:
+        await self.file.pwrite(self._offset + offset, data)
+
+    async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        await self.file.pwrite_zeroes(self._offset + offset, length, unmap=unmap)
+
+    async def _pdiscard(self, offset: int, length: int) -> None:
+        await self.file.pdiscard(self._offset + offset, length)
+
+    async def _truncate(self, size: int, preallocation: str) -> None:
+        if self._fixed_size is not None:
+            raise Error("Cannot resize fixed-size raw disks")
+        await self.file.truncate(self._offset + size, preallocation)

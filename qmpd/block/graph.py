@@ -1,0 +1,371 @@
+"""The block graph: adding and deleting nodes, attaching users, keeping the permissions.
+
+A change is made in three steps: build what is new beside the graph, check the
+permissions of everything below it, and only then let others see it.  On the
+way out of a failure the steps are undone in reverse order, so a refused
+command leaves nothing behind.
+
+Opening a node may take time (an unlock runs in a thread), and other clients
+go on meanwhile.  Therefore a node under construction already holds its name
+and its children, but is not *ready*: nobody can list, find or use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qmpd.block.edge import Edge, Parent
+from qmpd.block.node import Node
+from qmpd.block.options import NodeOptions
+from qmpd.block.permissions import Permission, names
+from qmpd.errors import Error
+
+if TYPE_CHECKING:
+    from qmpd.block.backend import Backend
+
+T = TypeVar("T")
+
+#: A node name has at most this many characters.
+NODE_NAME_MAX = 31
+
+_WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+
+#: Threads that wait for storage; keys are derived in threads of their own, so that
+#: a few slow unlocks do not hold up reads and writes.
+IO_THREADS = 8
+KEY_THREADS = 2
+
+
+class Graph:
+    """All nodes of a daemon and their users.
+
+    :param drivers: the driver classes by their QAPI names.
+    :param secrets: gives the passphrase of a secret's id at the moment of use;
+        raises Error if there is none.  What it gives is never kept.
+    """
+
+    def __init__(
+        self, drivers: Mapping[str, type[Node]], *, secrets: Callable[[str], bytes | bytearray]
+    ) -> None:
+        self._drivers = drivers
+        self.secrets = secrets
+        #: Every node by its name, the ones under construction included, oldest first.
+        self._nodes: dict[str, Node] = {}
+        self.backends: list[Backend] = []
+        self._generated = 0
+        self._io_threads: ThreadPoolExecutor | None = None
+        self._key_threads: ThreadPoolExecutor | None = None
+
+    # -- looking
+
+    def nodes(self) -> list[Node]:
+        """The nodes that clients can see, newest first."""
+        return [node for node in reversed(self._nodes.values()) if node.ready]
+
+    def find(self, name: str) -> Node | None:
+        """The node with this name, or None."""
+        node = self._nodes.get(name)
+        return node if node is not None and node.ready else None
+
+    def disks(self) -> list[Backend]:
+        """The disks of devices, oldest first."""
+        return [backend for backend in self.backends if backend.qdev is not None]
+
+    def lookup(self, device: str | None, node_name: str | None) -> Node:
+        """The node that a command means by its members `device` or `node-name`.
+
+        :raise Error: if neither names one.
+        """
+        if device:
+            for backend in self.backends:
+                if backend.name == device:
+                    return backend.node
+        node = self.find(node_name) if node_name else None
+        if node is None:
+            raise Error(f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'")
+        return node
+
+    def reference(self, name: str) -> Node:
+        """The node that a reference in another node's options means.
+
+        :raise Error: if there is none.
+        """
+        return self.lookup(name, name)
+
+    # -- adding
+
+    async def add(self, options: Mapping[str, Any]) -> Node:
+        """Open a node as `blockdev-add` does.
+
+        :param options: BlockdevOptions, validated, in QAPI's names.
+        :raise Error: if it can't be opened; then nothing has changed.
+        """
+        if "node-name" not in options:
+            raise Error("'node-name' must be specified for the root node")
+        node = await self._open(options, None)
+        node.monitor_owned = True
+        return node
+
+    @contextlib.asynccontextmanager
+    async def borrow(self, reference: str | Mapping[str, Any]) -> Any:
+        """A node for the time of an ``async with``: an existing one, or one defined inline.
+
+        :raise Error: if it is not there or can't be opened.
+        """
+        if isinstance(reference, str):
+            yield self.reference(reference)
+            return
+        node = await self._open(reference, None)
+        try:
+            yield node
+        finally:
+            await self._release(node)
+
+    async def open_child(self, parent: Node, role: str, reference: str | Mapping[str, Any]) -> Node:
+        """Attach the node that `reference` names or defines below `parent`.
+
+        :raise Error: if that can't be; then nothing has changed.
+        """
+        child = await self._resolve(reference, parent.node_options)
+        try:
+            self._link(parent, role, child)
+        except BaseException:
+            await self._release(child)
+            raise
+        return child
+
+    async def _resolve(self, reference: str | Mapping[str, Any], options: NodeOptions) -> Node:
+        if isinstance(reference, str):
+            return self.reference(reference)
+        return await self._open(reference, options)
+
+    async def _open(self, options: Mapping[str, Any], inherited: NodeOptions | None) -> Node:
+        driver = self._drivers[options["driver"]]
+        common = NodeOptions.parse(options, inherited)
+        file = None if driver.is_protocol else await self._resolve(options["file"], common)
+        try:
+            common.check()
+            node = driver(self, self._new_name(options.get("node-name")), options, common)
+        except BaseException:
+            if file is not None:
+                await self._release(file)
+            raise
+        self._nodes[node.name] = node
+        try:
+            if file is not None:
+                try:
+                    self._link(node, "file", file)
+                except BaseException:
+                    await self._release(file)
+                    raise
+            await node.open()
+        except BaseException:
+            await self._dispose(node)
+            raise
+        if inherited is None:
+            self._show(node)
+        return node
+
+    def _show(self, node: Node) -> None:
+        node.ready = True
+        for edge in node.children.values():
+            if not edge.child.ready:
+                self._show(edge.child)
+
+    def _new_name(self, wanted: str | None) -> str:
+        """A name for a new node: the wanted one if it may be had, else a generated one."""
+        if wanted is None:
+            # QEMU's form: a counter and two random digits, so that nobody relies on it.
+            name = f"#block{self._generated}{random.randrange(100):02}"
+            self._generated += 1
+            return name
+        if not _WELL_FORMED.fullmatch(wanted):
+            raise Error(f"Invalid node-name: '{wanted}'")
+        if any(backend.name == wanted for backend in self.backends):
+            raise Error(f"node-name={wanted} is conflicting with a device id")
+        if wanted in self._nodes:
+            raise Error(f"Duplicate nodes with node-name='{wanted}'")
+        if len(wanted) > NODE_NAME_MAX:
+            raise Error("Node name too long")
+        return wanted
+
+    # -- deleting
+
+    async def delete(self, name: str) -> None:
+        """Close a node that the monitor added, as `blockdev-del` does.
+
+        :raise Error: if it is not there, not the monitor's, or in use.
+        """
+        node = self.find(name)
+        if node is None:
+            raise Error(f"Failed to find node with node-name='{name}'")
+        if any(not isinstance(edge.parent, Node) for edge in node.parents):
+            raise Error(f"Node {name} is in use")
+        if not node.monitor_owned:
+            raise Error(f"Node {name} is not owned by the monitor")
+        if node.parents:
+            raise Error(f"Block device {name} is in use")
+        node.monitor_owned = False
+        await self._dispose(node)
+
+    async def _release(self, node: Node) -> None:
+        """Close `node` if nobody uses or owns it (any more)."""
+        if not node.parents and not node.monitor_owned:
+            await self._dispose(node)
+
+    async def _dispose(self, node: Node) -> None:
+        node.ready = False
+        children = [edge.child for edge in node.children.values()]
+        for edge in list(node.children.values()):
+            self._unlink(edge)
+        try:
+            await node.close()
+        finally:
+            if self._nodes.get(node.name) is node:
+                del self._nodes[node.name]
+            for child in children:
+                await self._release(child)
+
+    async def close(self) -> None:
+        """Detach all users, close all nodes, end the threads."""
+        for backend in list(self.backends):
+            backend.detach()
+        while self._nodes:
+            for node in list(reversed(self._nodes.values())):
+                if not node.parents and node.name in self._nodes:
+                    await self._dispose(node)
+        for threads in (self._io_threads, self._key_threads):
+            if threads is not None:
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    # -- edges and permissions
+
+    def attach(self, parent: Parent, role: str, node: Node, perm: Permission, shared: Permission) -> Edge:
+        """A new edge to `node` from `parent`.
+
+        :raise Error: on a conflict of permissions; then nothing has changed.
+        """
+        edge = Edge(parent, role, node, perm, shared)
+        node.parents.insert(0, edge)
+        try:
+            self._refresh(node)
+        except BaseException:
+            node.parents.remove(edge)
+            raise
+        return edge
+
+    def detach(self, edge: Edge) -> None:
+        """Remove a backend's edge, and give back what it took."""
+        edge.child.parents.remove(edge)
+        self._refresh(edge.child)
+
+    def change_permissions(self, edge: Edge, perm: Permission, shared: Permission) -> None:
+        """Take and share something else along `edge`.
+
+        :raise Error: on a conflict; then all is as before.
+        """
+        before = edge.perm, edge.shared
+        edge.perm, edge.shared = perm, shared
+        try:
+            self._refresh(edge.child)
+        except BaseException:
+            edge.perm, edge.shared = before
+            raise
+
+    def _link(self, parent: Node, role: str, child: Node) -> None:
+        perm, shared = parent.child_permissions(role, Permission.nothing(), Permission.everything())
+        edge = self.attach(parent, role, child, perm, shared)
+        parent.children[role] = edge
+
+    def _unlink(self, edge: Edge) -> None:
+        assert isinstance(edge.parent, Node)
+        del edge.parent.children[edge.name]
+        edge.child.parents.remove(edge)
+        if edge.perm or edge.shared != Permission.everything():
+            self._refresh(edge.child)
+
+    def _refresh(self, root: Node) -> None:
+        """Work out the permissions of `root` and all below it, check them, then set them.
+
+        Parents come before their children, so that a node which is reached in
+        two ways is looked at once, when all that is asked of it is known.
+        """
+        proposed: dict[Edge, tuple[Permission, Permission]] = {}
+        prepared: list[Node] = []
+        try:
+            for node in _parents_first(root):
+                asked = [(edge, *proposed.get(edge, (edge.perm, edge.shared))) for edge in node.parents]
+                perm, shared = Permission.nothing(), Permission.everything()
+                for _, edge_perm, edge_shared in asked:
+                    perm |= edge_perm
+                    shared &= edge_shared
+                if perm & ~shared:
+                    _check_conflicts(node, asked)
+                if node.read_only and perm & (Permission.WRITE | Permission.WRITE_UNCHANGED):
+                    raise Error("Block node is read-only")
+                prepared.append(node)
+                node.prepare_permissions(perm, shared)
+                for role, edge in node.children.items():
+                    proposed[edge] = node.child_permissions(role, perm, shared)
+        except BaseException:
+            for node in reversed(prepared):
+                node.abort_permissions()
+            raise
+        for edge, (perm, shared) in proposed.items():
+            edge.perm, edge.shared = perm, shared
+        for node in prepared:
+            node.commit_permissions()
+
+    # -- threads
+
+    async def in_io_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function that may wait for storage in a thread."""
+        if self._io_threads is None:
+            self._io_threads = ThreadPoolExecutor(IO_THREADS, "qmpd-io")
+        return await asyncio.get_running_loop().run_in_executor(self._io_threads, function, *arguments)
+
+    async def in_key_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a key derivation or another long computation in a thread."""
+        if self._key_threads is None:
+            self._key_threads = ThreadPoolExecutor(KEY_THREADS, "qmpd-key")
+        return await asyncio.get_running_loop().run_in_executor(self._key_threads, function, *arguments)
+
+
+def _parents_first(root: Node) -> list[Node]:
+    """`root` and all nodes below it, each before those that it uses."""
+    order: list[Node] = []
+    seen: set[int] = set()
+
+    def visit(node: Node) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        for edge in node.children.values():
+            visit(edge.child)
+        order.append(node)
+
+    visit(root)
+    order.reverse()
+    return order
+
+
+def _check_conflicts(node: Node, asked: Iterable[tuple[Edge, Permission, Permission]]) -> None:
+    """Refuse if one edge takes what another one does not share.
+
+    :raise Error: it names both.
+    """
+    edges = list(asked)
+    for mine, _, shared in edges:
+        for other, perm, _ in edges:
+            conflict = perm & ~shared
+            if other is not mine and conflict:
+                raise Error(
+                    f"Permission conflict on node '{node.name}': permissions '{names(conflict)}' are both "
+                    f"required by {other.describe()} and unshared by {mine.describe()}."
+                )

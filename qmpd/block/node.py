@@ -1,0 +1,343 @@
+"""A node of the graph: what every driver has in common.
+
+A driver overrides the methods whose names begin with an underscore; callers
+use the others, which check bounds, align requests to what the driver can
+serve, and detect zeroes.  All offsets and lengths are bytes.  A node's size
+is always a multiple of 512: a file's odd tail reads as zeroes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from qmpd.block.edge import Edge
+from qmpd.block.options import NodeOptions
+from qmpd.block.permissions import Permission
+from qmpd.block.serialising import TrackedWrites
+from qmpd.errors import Error
+
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+
+SECTOR = 512
+
+#: What requests carry: any of these, as bytes.
+Data: TypeAlias = bytes | bytearray | memoryview
+
+#: A write of zeroes that a driver can't do by itself is done in pieces of this many bytes.
+ZERO_PIECE = 1 << 20
+
+
+class NotSupported(Exception):
+    """The driver has no way of its own for a request; the caller falls back."""
+
+
+def errno_error(number: int) -> OSError:
+    """An OSError for the errno `number`, with its text."""
+    return OSError(number, os.strerror(number))
+
+
+class Node(ABC):
+    """A block driver at work under a node name.
+
+    :param graph: the graph that it belongs to.
+    :param name: the node name.
+    :param options: what `blockdev-add` was given for it, in QAPI's names.
+    :param node_options: the common options, inherited ones included.
+    """
+
+    #: The driver's name in QAPI.
+    driver: ClassVar[str]
+    #: A protocol driver is at the bottom of a chain; others have a child "file".
+    is_protocol: ClassVar[bool] = False
+    #: Options that make a difference to the data, so that they appear in a `json:` file name.
+    strong_options: ClassVar[tuple[str, ...]] = ()
+    #: Requests must begin and end at multiples of this many bytes.
+    request_alignment = 1
+
+    def __init__(
+        self, graph: Graph, name: str, options: Mapping[str, Any], node_options: NodeOptions
+    ) -> None:
+        self.graph = graph
+        self.name = name
+        self.options = options
+        self.node_options = node_options
+        self.read_only = node_options.read_only
+        self.monitor_owned = False
+        self.ready = False
+        self.children: dict[str, Edge] = {}
+        #: Newest first: conflicts are looked for, and reported, in this order.
+        self.parents: list[Edge] = []
+        #: The end of the highest write so far, in bytes.
+        self.write_highest_offset = 0
+        self._writes = TrackedWrites()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+    # -- the life of a node
+
+    async def open(self) -> None:  # noqa: B027
+        """Make the node usable; its child "file" is attached already.
+
+        :raise Error: if it can't be.
+        """
+
+    async def close(self) -> None:  # noqa: B027
+        """Let go of everything that is no child.  Called once, also after a failed `open`."""
+
+    def describe(self) -> str:
+        """How a message names this node as a parent."""
+        return f"node '{self.name}'"
+
+    # -- permissions
+
+    def child_permissions(
+        self, role: str, perm: Permission, shared: Permission
+    ) -> tuple[Permission, Permission]:
+        """What this node takes and shares on its child `role`.
+
+        :param perm: what its own parents take, together.
+        :param shared: what all of its parents share.
+        """
+        return perm, shared
+
+    def prepare_permissions(self, perm: Permission, shared: Permission) -> None:  # noqa: B027
+        """Get ready for new permissions of the parents; may refuse, changes nothing for good.
+
+        :raise Error: if they can't be had.
+        """
+
+    def commit_permissions(self) -> None:  # noqa: B027 - most drivers have nothing to do here
+        """The permissions last prepared are the ones in force."""
+
+    def abort_permissions(self) -> None:  # noqa: B027
+        """Forget the permissions last prepared."""
+
+    # -- what it is
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The disk's size in bytes, a multiple of 512."""
+
+    @property
+    def file(self) -> Node:
+        """The child that holds the data."""
+        return self.children["file"].child
+
+    @property
+    def exact_filename(self) -> str | None:
+        """A plain file name that would open this very node, if there is one."""
+        if any(option in self.options for option in self.strong_options):
+            return None
+        child = self.file
+        return child.exact_filename if child.is_protocol else None
+
+    @property
+    def filename(self) -> str:
+        """A name that opens this node's contents: the plain one, else ``json:{...}``."""
+        exact = self.exact_filename
+        return exact if exact is not None else "json:" + json.dumps(self.full_options())
+
+    def full_options(self) -> dict[str, Any]:
+        """The options that would open this node again, for a `json:` file name."""
+        result: dict[str, Any] = {"driver": self.driver}
+        for role, edge in self.children.items():
+            result[role] = edge.child.full_options()
+        for option in self.strong_options:
+            if option in self.options:
+                result[option] = self.options[option]
+        return result
+
+    @property
+    def allocated_size(self) -> int:
+        """The bytes that the image occupies on its storage."""
+        return sum(edge.child.allocated_size for edge in self.children.values())
+
+    @property
+    def has_info(self) -> bool:
+        """Whether the driver can tell more about the image (its "dirty" flag)."""
+        return self.file.has_info
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the image's data is encrypted by this driver."""
+        return False
+
+    def format_specific(self) -> dict[str, Any] | None:
+        """ImageInfoSpecific, in QAPI's names, or None."""
+        return None
+
+    def driver_statistics(self) -> dict[str, Any] | None:
+        """BlockStatsSpecific, in QAPI's names, or None."""
+        return None
+
+    # -- requests
+
+    def check_request(self, offset: int, length: int) -> None:
+        """Refuse what lies outside the disk.
+
+        :raise OSError: EIO, as a disk that is asked for a sector it has not.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise errno_error(errno.EIO)
+
+    async def pread(self, offset: int, length: int) -> Data:
+        """The `length` bytes at `offset`.
+
+        :raise OSError: EIO outside the disk, or what the storage says.
+        """
+        self.check_request(offset, length)
+        alignment = self.request_alignment
+        head = offset % alignment
+        tail = -(offset + length) % alignment
+        if not head and not tail:
+            return await self._pread(offset, length)
+        data = memoryview(await self._pread(offset - head, head + length + tail))
+        return data[head : head + length]
+
+    async def pwrite(self, offset: int, data: Data) -> None:
+        """Write `data` at `offset`.
+
+        :raise OSError: EIO outside the disk, EPERM on a read-only node, or what the storage says.
+        """
+        view = memoryview(data).cast("B")
+        length = len(view)
+        self.check_request(offset, length)
+        self._check_writable()
+        if not length:
+            return
+        detect = self.node_options.detect_zeroes
+        if detect != "off" and _is_zero(view):
+            await self.pwrite_zeroes(offset, length, unmap=detect == "unmap")
+            return
+        alignment = self.request_alignment
+        head = offset % alignment
+        tail = -(offset + length) % alignment
+        start, end = offset - head, offset + length + tail
+        async with self._writes.track(start, end, serialising=bool(head or tail)):
+            if head or tail:
+                padded = bytearray(end - start)
+                if head:
+                    padded[:alignment] = memoryview(await self._pread(start, alignment))
+                if tail and not (head and end - start == alignment):
+                    padded[-alignment:] = memoryview(await self._pread(end - alignment, alignment))
+                padded[head : head + length] = view
+                view = memoryview(padded)
+            await self._pwrite(start, view)
+        self.write_highest_offset = max(self.write_highest_offset, offset + length)
+
+    async def pwrite_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Make `length` bytes at `offset` read as zeroes.
+
+        :param unmap: their space may be given back.
+        :raise OSError: as for `pwrite`.
+        """
+        self.check_request(offset, length)
+        self._check_writable()
+        if not length:
+            return
+        unmap = unmap and self.node_options.discard == "unmap"
+        if offset % self.request_alignment == 0 and length % self.request_alignment == 0:
+            try:
+                async with self._writes.track(offset, offset + length, serialising=False):
+                    await self._pwrite_zeroes(offset, length, unmap)
+                self.write_highest_offset = max(self.write_highest_offset, offset + length)
+                return
+            except NotSupported:
+                pass
+        await self._write_out_zeroes(offset, length)
+
+    async def _write_out_zeroes(self, offset: int, length: int) -> None:
+        zeroes = memoryview(bytes(min(length, ZERO_PIECE)))
+        alignment = self.request_alignment
+        while length:
+            piece = min(length, ZERO_PIECE)
+            head, tail = offset % alignment, -(offset + piece) % alignment
+            start, end = offset - head, offset + piece + tail
+            async with self._writes.track(start, end, serialising=bool(head or tail)):
+                if head or tail:
+                    padded = bytearray(memoryview(await self._pread(start, end - start)))
+                    padded[head : head + piece] = zeroes[:piece]
+                    await self._pwrite(start, memoryview(padded))
+                else:
+                    await self._pwrite(start, zeroes[:piece])
+            self.write_highest_offset = max(self.write_highest_offset, offset + piece)
+            offset += piece
+            length -= piece
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """The data in this range is of no more use; what it reads as afterwards is open.
+
+        :raise OSError: as for `pwrite`.
+        """
+        self.check_request(offset, length)
+        self._check_writable()
+        if not length or self.node_options.discard != "unmap":
+            return
+        # Only whole units of the alignment: what lies at the ends is still in use.
+        alignment = self.request_alignment
+        start = offset + -offset % alignment
+        end = (offset + length) // alignment * alignment
+        if start < end:
+            try:
+                await self._pdiscard(start, end - start)
+            except NotSupported:
+                pass
+
+    async def flush(self) -> None:
+        """What was written before is on stable storage afterwards.
+
+        :raise OSError: what the storage says.
+        """
+        if not self.node_options.no_flush:
+            await self._flush()
+
+    async def truncate(self, size: int, preallocation: str = "off") -> None:
+        """Change the disk's size to `size` bytes; what is new reads as zeroes.
+
+        :raise Error: if the node is read-only or its driver can't.
+        """
+        if self.read_only:
+            raise Error("Image is read-only")
+        await self._truncate(size, preallocation)
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise errno_error(errno.EPERM)
+
+    # -- for drivers to override
+
+    @abstractmethod
+    async def _pread(self, offset: int, length: int) -> Data:
+        """Read; the request is inside the disk and aligned."""
+
+    @abstractmethod
+    async def _pwrite(self, offset: int, data: memoryview) -> None:
+        """Write; the request is inside the disk and aligned."""
+
+    async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        raise NotSupported
+
+    async def _pdiscard(self, offset: int, length: int) -> None:
+        raise NotSupported
+
+    async def _flush(self) -> None:
+        for edge in self.children.values():
+            await edge.child.flush()
+
+    async def _truncate(self, size: int, preallocation: str) -> None:
+        raise Error("Image format driver does not support resize")
+
+
+def _is_zero(view: memoryview) -> bool:
+    """Whether all bytes are zero; looks at the ends first, for most data differ there."""
+    if view[0] or view[-1]:
+        return False
+    return view.tobytes().count(0) == len(view)

@@ -1,0 +1,60 @@
+"""The options that every node has, and how an inline child gets its parent's.
+
+`blockdev-add` takes them under QAPI's names (BlockdevOptions); a child that is
+defined inside its parent inherits what it does not say itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qmpd.errors import Error
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """Options of a node that do not depend on its driver."""
+
+    read_only: bool = False
+    auto_read_only: bool = False
+    direct: bool = False
+    no_flush: bool = False
+    #: "ignore": discards are dropped; "unmap": they are passed on.
+    discard: str = "ignore"
+    #: "off", "on" (zeroes are written by the cheapest way) or "unmap" (and their space given back).
+    detect_zeroes: str = "off"
+    force_share: bool = False
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any], inherited: NodeOptions | None = None) -> NodeOptions:
+        """The common options in `options`.
+
+        :param inherited: the parent's, if the node is defined inside it.
+            Discards are always passed down to such a child: its parent has
+            decided about them already.
+        """
+        base = inherited or cls()
+        cache = options.get("cache", {})
+        return cls(
+            read_only=options.get("read-only", base.read_only),
+            auto_read_only=options.get("auto-read-only", base.auto_read_only),
+            direct=cache.get("direct", base.direct),
+            no_flush=cache.get("no-flush", base.no_flush),
+            discard=options.get("discard", "unmap" if inherited else base.discard),
+            detect_zeroes=options.get("detect-zeroes", "off"),
+            force_share=options.get("force-share", base.force_share),
+        )
+
+    def check(self) -> None:
+        """Refuse combinations that make no sense.
+
+        :raise Error: in QEMU's words.
+        """
+        if self.force_share and not self.read_only:
+            raise Error("force-share=on can only be used with read-only images")
+        if self.detect_zeroes == "unmap" and self.discard != "unmap":
+            raise Error(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+            )

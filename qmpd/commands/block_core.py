@@ -1,0 +1,242 @@
+"""Commands of `schema/block-core.json`: nodes, their users, and images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Final
+
+from qmpd.block import inspection
+from qmpd.block.accounting import Accounting
+from qmpd.block.backend import Backend
+from qmpd.block.create import CREATORS, create
+from qmpd.block.node import Node
+from qmpd.block.permissions import Permission
+from qmpd.commands.parts import Handler, Parts
+from qmpd.errors import DeviceNotActive, Error
+
+# -- adding and deleting
+
+
+async def blockdev_add(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Open a node."""
+    await parts.graph.add(arguments)
+    return {}
+
+
+async def blockdev_del(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Close a node."""
+    await parts.graph.delete(arguments["node-name"])
+    return {}
+
+
+def blockdev_create(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Start a job that makes an image."""
+    options = arguments["options"]
+    if options["driver"] not in CREATORS:
+        raise Error("Driver does not support blockdev-create")
+    if "size" not in options and "header" not in options:
+        # A detached header can be made alone; whatever has a payload has a size.
+        raise Error("Parameter 'options.size' is missing")
+    parts.jobs.start(arguments["job-id"], "create", lambda job: create(parts.graph, options))
+    return {}
+
+
+async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Change a disk's size."""
+    node = parts.graph.lookup(arguments.get("device"), arguments.get("node-name"))
+    if arguments["size"] < 0:
+        raise Error("Parameter 'size' expects a >0 size")
+    with Backend(parts.graph, perm=Permission.RESIZE).use(node) as backend:
+        await backend.truncate(arguments["size"])
+    return {}
+
+
+# -- queries
+
+
+def query_named_block_nodes(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """All nodes, newest first."""
+    return [block_device_info(node) for node in parts.graph.nodes()]
+
+
+def query_block(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """All disks of devices."""
+    return [block_info(backend) for backend in parts.graph.disks()]
+
+
+def query_blockstats(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The counters of all disks, or of all nodes."""
+    if arguments.get("query-nodes"):
+        return [node_stats(node) for node in reversed(parts.graph.nodes())]
+    return [disk_stats(backend) for backend in parts.graph.disks()]
+
+
+def x_debug_query_block_graph(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Vertices and edges, with permissions."""
+    picture = inspection.picture(parts.graph)
+    return {
+        "nodes": [
+            {
+                "id": picture.numbers[vertex],
+                "type": "block-driver" if isinstance(vertex, Node) else "block-backend",
+                "name": vertex.name if isinstance(vertex, Node) else vertex.name or vertex.qdev or "",
+            }
+            for vertex in picture.vertices
+        ],
+        "edges": [
+            {
+                "parent": picture.numbers[edge.parent],  # type: ignore[index]
+                "child": picture.numbers[edge.child],
+                "name": edge.name,
+                "perm": permission_list(edge.perm),
+                "shared-perm": permission_list(edge.shared),
+            }
+            for edge in picture.edges
+        ],
+    }
+
+
+# -- QAPI's structures
+
+#: BlockPermission, in the order in which QEMU lists them.
+_PERMISSIONS: Final = (
+    (Permission.RESIZE, "resize"),
+    (Permission.WRITE_UNCHANGED, "write-unchanged"),
+    (Permission.WRITE, "write"),
+    (Permission.CONSISTENT_READ, "consistent-read"),
+)
+
+
+def permission_list(permissions: Permission) -> list[str]:
+    """A list of BlockPermission."""
+    return [name for permission, name in _PERMISSIONS if permission & permissions]
+
+
+def image_info(node: Node) -> dict[str, Any]:
+    """ImageInfo."""
+    info: dict[str, Any] = {
+        "virtual-size": node.size,
+        "filename": node.filename,
+        "format": node.driver,
+        "actual-size": node.allocated_size,
+    }
+    if node.encrypted:
+        info["encrypted"] = True
+    specific = node.format_specific()
+    if specific is not None:
+        info["format-specific"] = specific
+    if node.has_info:
+        info["dirty-flag"] = False
+    return info
+
+
+def block_device_info(node: Node) -> dict[str, Any]:
+    """BlockDeviceInfo; there is no throttling yet, so its limits are zero."""
+    image = image_info(node)
+    options = node.node_options
+    return {
+        "iops_rd": 0,
+        "detect_zeroes": options.detect_zeroes,
+        "active": True,
+        "image": image,
+        "iops_wr": 0,
+        "ro": node.read_only,
+        "node-name": node.name,
+        "backing_file_depth": 0,
+        "drv": node.driver,
+        "iops": 0,
+        "bps_wr": 0,
+        "write_threshold": 0,
+        "encrypted": node.encrypted,
+        "bps": 0,
+        "bps_rd": 0,
+        "cache": {"no-flush": options.no_flush, "direct": options.direct, "writeback": True},
+        "file": image["filename"],
+    }
+
+
+def block_info(backend: Backend) -> dict[str, Any]:
+    """BlockInfo of a device's disk."""
+    return {
+        "io-status": "ok",
+        "device": backend.name,
+        "locked": False,
+        "removable": False,
+        "inserted": block_device_info(backend.node),
+        "qdev": backend.qdev,
+        "type": "unknown",
+    }
+
+
+def device_stats(accounting: Accounting, write_highest_offset: int) -> dict[str, Any]:
+    """BlockDeviceStats."""
+    stats: dict[str, Any] = {
+        "wr_highest_offset": write_highest_offset,
+        "account_invalid": accounting.count_invalid,
+        "account_failed": accounting.count_failed,
+        "timed_stats": [],
+    }
+    for kind, counter in accounting.counters.items():
+        stats[f"{kind}_operations"] = counter.operations
+        stats[f"{kind}_total_time_ns"] = counter.time
+        stats[f"failed_{kind}_operations"] = counter.failed
+        stats[f"invalid_{kind}_operations"] = counter.invalid
+        if kind != "flush":
+            stats[f"{kind}_bytes"] = counter.bytes
+            stats[f"{kind}_merged"] = counter.merged
+    return stats
+
+
+def node_stats(node: Node) -> dict[str, Any]:
+    """BlockStats of a node and of what it gets its data from."""
+    stats: dict[str, Any] = {"node-name": node.name}
+    specific = node.driver_statistics()
+    if specific is not None:
+        stats["driver-specific"] = specific
+    stats["stats"] = device_stats(
+        Accounting(count_invalid=False, count_failed=False), node.write_highest_offset
+    )
+    if "file" in node.children:
+        stats["parent"] = node_stats(node.file)
+    return stats
+
+
+def disk_stats(backend: Backend) -> dict[str, Any]:
+    """BlockStats of a device's disk."""
+    stats = node_stats(backend.node)
+    stats["stats"] = device_stats(backend.accounting, backend.node.write_highest_offset)
+    return {"device": backend.name, "qdev": backend.qdev, **stats}
+
+
+# -- block jobs: there is none yet, so none can be found
+
+
+def query_block_jobs(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The jobs that belong to a device or a node."""
+    return []
+
+
+def block_job_verb(member: str, parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Any of the block-job-* verbs on a job that is not there."""
+    raise DeviceNotActive(f"Block job '{arguments[member]}' not found")
+
+
+HANDLERS: Final[Mapping[str, Handler]] = {
+    "blockdev-add": blockdev_add,
+    "blockdev-del": blockdev_del,
+    "blockdev-create": blockdev_create,
+    "block_resize": block_resize,
+    "query-named-block-nodes": query_named_block_nodes,
+    "query-block": query_block,
+    "query-blockstats": query_blockstats,
+    "x-debug-query-block-graph": x_debug_query_block_graph,
+    "query-block-jobs": query_block_jobs,
+    "block-job-cancel": partial(block_job_verb, "device"),
+    "block-job-complete": partial(block_job_verb, "device"),
+    "block-job-dismiss": partial(block_job_verb, "id"),
+    "block-job-finalize": partial(block_job_verb, "id"),
+    "block-job-pause": partial(block_job_verb, "device"),
+    "block-job-resume": partial(block_job_verb, "device"),
+    "block-job-set-speed": partial(block_job_verb, "device"),
+}

@@ -1,0 +1,42 @@
+"""What a command's handler is given: the parts of the daemon below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from qmpd.block.graph import Graph
+from qmpd.jobs import Jobs
+from qmpd.qapi import Schema
+from qmpd.qom.devices import Devices
+from qmpd.qom.tree import ObjectTree
+
+#: Sends an event to every negotiated client.
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The rooms that handlers call into.
+
+    :param version: the reply of query-version (VersionInfo), which is also in the greeting.
+    :param chardevs: lists the character devices (ChardevInfo).
+    :param quit: ends the daemon once the reply is on its way.
+    :param stdout: where qemu-io's output goes.
+    """
+
+    schema: Schema
+    graph: Graph
+    objects: ObjectTree
+    devices: Devices
+    jobs: Jobs
+    emit: Emit
+    version: Mapping[str, Any]
+    chardevs: Callable[[], list[dict[str, Any]]]
+    quit: Callable[[], None]
+    stdout: TextIO
+
+
+#: Takes the parts and the validated arguments; returns a plain value in QAPI's names, or an awaitable of one.
+Handler = Callable[[Parts, dict[str, Any]], Any]

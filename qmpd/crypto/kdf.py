@@ -1,0 +1,67 @@
+"""PBKDF2, and how many of its iterations fill a given time on this machine.
+
+Every function here may take long and releases the interpreter lock while it
+does: call it in a worker thread.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
+
+from qmpd.crypto import digests
+
+#: No key is made with fewer iterations than this, however little time was asked for
+#: (LUKS1 On-Disk Format Specification 1.2.3, section 3.3: at least 1000).
+MIN_ITERATIONS: Final = 1000
+
+#: More iterations than this are refused.  The format allows 2^32-1, with which one wrong
+#: header would keep a thread busy for an hour; this is several minutes of a fast core, well
+#: above what any ``iter-time`` that a person would wait for gives.
+MAX_ITERATIONS: Final = 1_000_000_000
+
+#: A measurement shorter than this (in seconds of processor time) says too little.
+_MEASURED_SECONDS: Final = 0.05
+
+
+def pbkdf2(
+    hash_name: str, password: bytes | bytearray | memoryview, salt: bytes, iterations: int, length: int
+) -> bytearray:
+    """Derive `length` bytes from `password` (RFC 8018, section 5.2), as a buffer that can be wiped.
+
+    :raise Error: no such hash.
+    """
+    # A derivation object serves once only.
+    function = PBKDF2HMAC(digests.algorithm(hash_name), length, salt, iterations)
+    # The package takes any buffer here, but says bytes in its types.
+    secret: bytes = password  # type: ignore[assignment]
+    derived = bytearray(length)
+    if hasattr(function, "derive_into"):
+        function.derive_into(secret, derived)
+    else:  # cryptography before 47
+        derived[:] = function.derive(secret)
+    return derived
+
+
+def calibrate(hash_name: str, milliseconds: int | float, key_bytes: int) -> int:
+    """Return how many iterations deriving `key_bytes` takes in `milliseconds` here.
+
+    What is measured is this thread's processor time, as QEMU does it, so that
+    a busy machine does not make keys weaker.  The result is never below
+    :data:`MIN_ITERATIONS` nor above :data:`MAX_ITERATIONS`.  Takes about a
+    tenth of a second.
+
+    :raise Error: no such hash.
+    """
+    iterations = 1 << 13
+    while True:
+        start = time.thread_time()
+        pbkdf2(hash_name, b"password", b"salt" * 8, iterations, key_bytes)
+        seconds = time.thread_time() - start
+        if seconds >= _MEASURED_SECONDS:
+            break
+        iterations *= 2
+    wanted = int(iterations / seconds * milliseconds / 1000)
+    return max(MIN_ITERATIONS, min(wanted, MAX_ITERATIONS))

@@ -1,0 +1,390 @@
+"""Encrypt and decrypt many sectors with a few calls.
+
+A cipher object for each 512-byte sector costs twenty times what its AES does.
+So the modes are put together here from AES in ECB, over tiles of many
+sectors, and numpy does what lies between:
+
+XTS (IEEE 1619-2018, section 5.3).  One ECB call turns the IVs of all sectors
+into their first tweaks.  The tweak of block j is the first one times x^j in
+GF(2^128), which for j < 57 is a shift by j bits whose overflow is folded back
+by x^128 = x^7 + x^2 + x + 1; so the 32 tweaks of every sector come out of a
+dozen array operations, whatever the number of sectors.
+
+CBC.  Decryption is ECB and an XOR with the ciphertext moved by one block.
+Encryption is a chain in each sector, but the sectors are independent: step k
+of all sectors is one ECB call.  When there are few sectors, one CBC context
+runs through all of them, and the first block of each is XORed with what makes
+the running chain equal to that sector's IV.
+
+Scratch memory is a few tiles for each request under way, whatever its size.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any, Final
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from numpy.typing import NDArray
+
+from qmpd.crypto import digests
+from qmpd.crypto.ciphers import CipherSpec
+
+#: What LUKS1 counts in, in bytes; the numbers of sectors in this module count it too.
+SECTOR: Final = 512
+
+Buffer = bytes | bytearray | memoryview
+
+_BLOCK: Final = 16
+_ZERO_IV: Final = bytes(_BLOCK)
+#: Bytes worked on at once: few enough that what belongs to a tile stays in the processor's
+#: second-level cache, and for CBC enough sectors to make a step worth its call.
+_XTS_TILE: Final = 64 << 10
+_CBC_TILE: Final = 256 << 10
+#: The scratch memory of requests up to this many bytes is kept for the next one.
+_SMALL: Final = 8 << 10
+#: Tweaks made by one multiplication: the blocks of a 512-byte sector.
+_RUN: Final = SECTOR // _BLOCK
+#: `cryptography` wants this many bytes more than it writes.
+_SLACK: Final = _BLOCK
+#: From this many sectors on, CBC encryption goes across them.
+_ACROSS: Final = 48
+
+_SECTOR_WORDS: Final = SECTOR // 8
+
+_WORD: Final = np.dtype("<u8")
+Words = NDArray[np.uint64]
+
+_ONE: Final = np.uint64(1)
+_TWO: Final = np.uint64(2)
+_SEVEN: Final = np.uint64(7)
+_HALF: Final = np.uint64(32)
+
+
+def _frozen(array: Words) -> Words:
+    array.flags.writeable = False
+    return array
+
+
+_SHIFTS: Final = _frozen(np.arange(_RUN, dtype=_WORD))
+#: An array is moved right by 64 - j as by 1 and then by 63 - j, because a shift by 64 is undefined.
+_BACK_SHIFTS: Final = _frozen(np.arange(63, 63 - _RUN, -1).astype(_WORD))
+
+
+class _Contexts:
+    """What one request at a time needs: AES contexts, the running CBC chain, scratch memory."""
+
+    __slots__ = ("cbc", "chain", "decrypt", "encrypt", "essiv", "tile", "tweak")
+
+    def __init__(self, data_key: memoryview, tweak_key: memoryview | None, essiv_key: bytes | None) -> None:
+        def ecb(key: memoryview | bytes) -> Cipher[modes.ECB]:
+            return Cipher(algorithms.AES(key), modes.ECB())  # type: ignore[arg-type]
+
+        data = ecb(data_key)
+        self.encrypt: CipherContext = data.encryptor()
+        self.decrypt: CipherContext = data.decryptor()
+        self.tweak: CipherContext | None = None
+        self.cbc: CipherContext | None = None
+        if tweak_key is not None:
+            self.tweak = ecb(tweak_key).encryptor()
+        else:
+            cbc = Cipher(algorithms.AES(data_key), modes.CBC(_ZERO_IV))  # type: ignore[arg-type]
+            self.cbc = cbc.encryptor()
+        #: The last ciphertext block that left `cbc`, as a number.
+        self.chain = 0
+        self.essiv: CipherContext | None = None if essiv_key is None else ecb(essiv_key).encryptor()
+        #: The tile of the last request, if it was small: the next one is often as long.
+        self.tile: _Tile | None = None
+
+
+class SectorCipher:
+    """A volume's cipher, for any number of whole sectors at a time, from any number of threads.
+
+    :param spec: algorithm, mode and IV rule.
+    :param key: the volume key, ``spec.key_bytes`` long; copied, and wiped by :meth:`close`.
+    :param sector_size: bytes that one IV serves: 512 (LUKS1), or a larger power of two up to 4096.
+    :param iv_unit: bytes that the IV's number counts: 512, as dm-crypt does it
+        whatever the sector's size, or `sector_size` (dm-crypt's "iv_large_sectors").
+    :raise ValueError: a length that does not fit.
+    """
+
+    def __init__(
+        self, spec: CipherSpec, key: Buffer, sector_size: int = SECTOR, *, iv_unit: int = SECTOR
+    ) -> None:
+        if len(key) != spec.key_bytes:
+            raise ValueError(f"{spec.algorithm} in {spec.mode} needs {spec.key_bytes} bytes of key, not {len(key)}")
+        if sector_size not in (512, 1024, 2048, 4096):
+            raise ValueError(f"sector size {sector_size} is not a power of two from 512 to 4096")
+        if iv_unit not in (SECTOR, sector_size):
+            raise ValueError(f"the IV counts sectors of 512 or {sector_size} bytes, not of {iv_unit}")
+        self.spec = spec
+        self.sector_size = sector_size
+        self._iv_divisor = iv_unit // SECTOR
+        self._iv_step = sector_size // iv_unit
+        self._iv_mask = np.uint64(0xFFFFFFFF) if spec.ivgen == "plain" else None
+        self._key = bytearray(key)
+        # ESSIV keys its cipher with the hash of the volume key, in XTS of both halves.
+        self._essiv_key = (
+            digests.digest(spec.ivgen_hash, key) if spec.ivgen == "essiv" and spec.ivgen_hash else None
+        )
+        # A context must not be used by two threads at once, so a request takes one out and puts it
+        # back; list.append and list.pop are atomic.
+        self._idle: list[_Contexts] = []
+        self._closed = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<SectorCipher {self.spec.algorithm} {self.spec.header_names()[1]} of {self.sector_size} bytes>"
+
+    def encrypt(self, data: Buffer, first_sector: int) -> memoryview:
+        """Return the ciphertext of `data`.
+
+        :param data: whole sectors.
+        :param first_sector: where they are in the volume, in units of 512 bytes.
+        :raise ValueError: not whole sectors, or the cipher was closed.
+        """
+        into = memoryview(np.empty(len(data), np.uint8))
+        self.encrypt_into(data, first_sector, into)
+        return into
+
+    def decrypt(self, data: Buffer, first_sector: int) -> memoryview:
+        """Return the plaintext of `data`; parameters and errors as of :meth:`encrypt`."""
+        into = memoryview(np.empty(len(data), np.uint8))
+        self.decrypt_into(data, first_sector, into)
+        return into
+
+    def encrypt_into(self, data: Buffer, first_sector: int, into: bytearray | memoryview) -> None:
+        """Write the ciphertext of `data` to `into`: of the same length, and possibly the same memory."""
+        self._run(data, first_sector, into, encrypting=True)
+
+    def decrypt_into(self, data: Buffer, first_sector: int, into: bytearray | memoryview) -> None:
+        """Write the plaintext of `data` to `into`: of the same length, and possibly the same memory."""
+        self._run(data, first_sector, into, encrypting=False)
+
+    def close(self) -> None:
+        """Wipe the key; requests from now on fail.  May be called again."""
+        self._closed.set()
+        self._idle.clear()
+        self._key[:] = bytes(len(self._key))
+        self._essiv_key = None
+
+    def _contexts(self) -> _Contexts:
+        if self._closed.is_set():
+            raise ValueError("the cipher is closed")
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        key = memoryview(self._key)
+        if self.spec.mode == "xts":
+            half = len(key) // 2
+            return _Contexts(key[:half], key[half:], self._essiv_key)
+        return _Contexts(key, None, self._essiv_key)
+
+    def _run(self, data: Buffer, first_sector: int, into: bytearray | memoryview, *, encrypting: bool) -> None:
+        length = len(data)
+        if len(into) != length:
+            raise ValueError(f"{length} bytes of data for a buffer of {len(into)}")
+        if length % self.sector_size or first_sector % (self.sector_size // SECTOR):
+            raise ValueError(
+                f"{length} bytes at sector {first_sector} are not whole sectors of {self.sector_size} bytes"
+            )
+        if not length:
+            return
+        source = np.frombuffer(data, _WORD)
+        target = np.frombuffer(into, _WORD)
+        contexts = self._contexts()
+        tile = contexts.tile
+        words_in_tile = (_XTS_TILE if contexts.tweak is not None else _CBC_TILE) // 8
+        words_in_sector = self.sector_size // 8
+        for start in range(0, source.size, words_in_tile):
+            stop = min(start + words_in_tile, source.size)
+            sectors = (stop - start) // words_in_sector
+            if tile is None or tile.sectors != sectors:
+                kind = _XtsTile if contexts.tweak is not None else _CbcTile
+                tile = kind(contexts, sectors, words_in_sector // 2, self._iv_step, self._iv_mask)
+            number = (first_sector + start // _SECTOR_WORDS) // self._iv_divisor
+            run = tile.encrypt if encrypting else tile.decrypt
+            run(source[start:stop].reshape(tile.shape), number, target[start:stop].reshape(tile.shape))
+        contexts.tile = tile if length <= _SMALL else None
+        if not self._closed.is_set():
+            self._idle.append(contexts)
+
+
+def _bytes(array: Words) -> Any:
+    """Return the memory of an array as `cryptography` takes it."""
+    return memoryview(array).cast("B")
+
+
+def _times_x32(tweaks: Words) -> Words:
+    """Return each tweak of an array (n, 2) times x^32."""
+    low, high = tweaks[:, 0], tweaks[:, 1]
+    over = high >> _HALF
+    product = np.empty_like(tweaks)
+    product[:, 0] = (low << _HALF) ^ over ^ (over << _ONE) ^ (over << _TWO) ^ (over << _SEVEN)
+    product[:, 1] = (high << _HALF) | (low >> _HALF)
+    return product
+
+
+class _Tile:
+    """Sectors worked on at once: their IVs, and the scratch memory for it.
+
+    Arrays of sectors are (sectors, blocks of 16 bytes, 2 words).
+
+    :param iv_step: by how much the IVs' numbers grow from sector to sector.
+    :param iv_mask: the bits of the number that the IV rule keeps.
+    """
+
+    def __init__(
+        self, contexts: _Contexts, sectors: int, blocks: int, iv_step: int, iv_mask: np.uint64 | None
+    ) -> None:
+        self.sectors = sectors
+        self.shape = (sectors, blocks, 2)
+        self._contexts = contexts
+        self._mask = iv_mask
+        self._steps = np.arange(0, sectors * iv_step, iv_step, dtype=_WORD)
+        self._ivs = np.zeros((sectors, 2), _WORD)
+        self._numbers = self._ivs[:, 0]
+        self._iv_bytes = _bytes(self._ivs)
+        if contexts.essiv is not None:
+            self._essiv_ivs, self._essiv_space = self._cipher_space((sectors, 2))
+
+    def encrypt(self, source: Words, first: int, target: Words) -> None:
+        """Write the ciphertext of `source` to `target`; `first` is the first IV's number."""
+        raise NotImplementedError
+
+    def decrypt(self, source: Words, first: int, target: Words) -> None:
+        """Write the plaintext of `source` to `target`; `first` is the first IV's number."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _cipher_space(shape: tuple[int, ...]) -> tuple[Words, Any]:
+        """Return an array for ECB's result, and the same memory as `cryptography` wants it."""
+        size = math.prod(shape)
+        space = np.empty(size + _SLACK // 8, _WORD)
+        return space[:size].reshape(shape), _bytes(space)
+
+    def _make_ivs(self, first: int) -> tuple[Words, Any]:
+        """Return the IVs, and the same as bytes."""
+        np.add(self._steps, np.uint64(first), out=self._numbers)
+        if self._mask is not None:
+            self._numbers &= self._mask
+        essiv = self._contexts.essiv
+        if essiv is None:
+            return self._ivs, self._iv_bytes
+        essiv.update_into(self._iv_bytes, self._essiv_space)
+        return self._essiv_ivs, self._essiv_space[: self._ivs.nbytes]
+
+
+class _XtsTile(_Tile):
+    def __init__(
+        self, contexts: _Contexts, sectors: int, blocks: int, iv_step: int, iv_mask: np.uint64 | None
+    ) -> None:
+        super().__init__(contexts, sectors, blocks, iv_step, iv_mask)
+        self._runs_in_sector = blocks // _RUN
+        runs = sectors * self._runs_in_sector
+        self._first, self._first_space = self._cipher_space((sectors, 2))
+        self._starts = np.empty((sectors, self._runs_in_sector, 2), _WORD)
+        self._forward = np.empty((2, runs, _RUN), _WORD)
+        self._back = np.empty((2, runs, _RUN), _WORD)
+        self._shifted = np.empty((runs, _RUN), _WORD)
+        powers = np.empty((runs, _RUN, 2), _WORD)
+        self._low_powers, self._high_powers = powers[:, :, 0], powers[:, :, 1]
+        self._tweaks = powers.reshape(self.shape)
+        self._masked = np.empty(self.shape, _WORD)
+        self._masked_bytes = _bytes(self._masked)
+        self._result, self._result_space = self._cipher_space(self.shape)
+
+    def encrypt(self, source: Words, first: int, target: Words) -> None:
+        self._run(self._contexts.encrypt, source, first, target)
+
+    def decrypt(self, source: Words, first: int, target: Words) -> None:
+        self._run(self._contexts.decrypt, source, first, target)
+
+    def _run(self, aes: CipherContext, source: Words, first: int, target: Words) -> None:
+        self._make_tweaks(first)
+        np.bitwise_xor(source, self._tweaks, out=self._masked)
+        aes.update_into(self._masked_bytes, self._result_space)
+        np.bitwise_xor(self._result, self._tweaks, out=target)
+
+    def _make_tweaks(self, first: int) -> None:
+        """Fill ``self._tweaks``."""
+        tweak = self._contexts.tweak
+        assert tweak is not None
+        tweak.update_into(self._make_ivs(first)[1], self._first_space)
+        powers_of_zero = self._first
+        if self._runs_in_sector > 1:
+            self._starts[:, 0] = self._first
+            for run in range(1, self._runs_in_sector):
+                self._starts[:, run] = _times_x32(self._starts[:, run - 1])
+            powers_of_zero = self._starts.reshape(-1, 2)
+        # Both halves of every tweak at once, moved left by 0 ... 31; and the other half moved
+        # right, which is what comes over from the low half, or out at the top of the high half.
+        halves = powers_of_zero.T[:, :, None]
+        np.left_shift(halves, _SHIFTS, out=self._forward)
+        np.right_shift(halves[::-1] >> _ONE, _BACK_SHIFTS, out=self._back)
+        low, high = self._forward
+        over, carry = self._back
+        np.bitwise_or(high, carry, out=self._high_powers)
+        shifted = self._shifted
+        np.bitwise_xor(low, over, out=low)
+        np.left_shift(over, _ONE, out=shifted)
+        np.bitwise_xor(low, shifted, out=low)
+        np.left_shift(over, _TWO, out=shifted)
+        np.bitwise_xor(low, shifted, out=low)
+        np.left_shift(over, _SEVEN, out=shifted)
+        np.bitwise_xor(low, shifted, out=self._low_powers)
+
+
+class _CbcTile(_Tile):
+    def decrypt(self, source: Words, first: int, target: Words) -> None:
+        plain, space = self._cipher_space(self.shape)
+        self._contexts.decrypt.update_into(_bytes(source), space)
+        plain[:, 0] ^= self._make_ivs(first)[0]
+        plain[:, 1:] ^= source[:, :-1]
+        target[...] = plain
+
+    def encrypt(self, source: Words, first: int, target: Words) -> None:
+        if self.sectors < _ACROSS:
+            self._encrypt_along(source, first, target)
+        else:
+            self._encrypt_across(source, first, target)
+
+    def _encrypt_across(self, source: Words, first: int, target: Words) -> None:
+        """Step k of all sectors is one ECB call."""
+        sectors, blocks, _ = self.shape
+        steps = source.transpose(1, 0, 2).copy()
+        results, space = self._cipher_space((blocks, sectors, 2))
+        step_bytes = _bytes(steps)
+        row = sectors * _BLOCK
+        chain = self._make_ivs(first)[0]
+        update_into = self._contexts.encrypt.update_into
+        for step in range(blocks):
+            np.bitwise_xor(steps[step], chain, out=steps[step])
+            start = step * row
+            # The slack after a step is the beginning of the next one.
+            update_into(step_bytes[start : start + row], space[start : start + row + _SLACK])
+            chain = results[step]
+        target[...] = results.transpose(1, 0, 2)
+
+    def _encrypt_along(self, source: Words, first: int, target: Words) -> None:
+        """One CBC context runs through all the sectors."""
+        context = self._contexts.cbc
+        assert context is not None
+        size = source.nbytes // self.sectors
+        number = int.from_bytes
+        ivs = self._make_ivs(first)[1]
+        data: Any = memoryview(bytearray(_bytes(source)))
+        results, space = self._cipher_space(self.shape)
+        chain = self._contexts.chain
+        for sector in range(self.sectors):
+            start = sector * size
+            end = start + size
+            iv = number(ivs[sector * _BLOCK : (sector + 1) * _BLOCK], "little")
+            mixed = number(data[start : start + _BLOCK], "little") ^ iv ^ chain
+            data[start : start + _BLOCK] = mixed.to_bytes(_BLOCK, "little")
+            context.update_into(data[start:end], space[start : end + _SLACK])
+            chain = number(space[end - _BLOCK : end], "little")
+        self._contexts.chain = chain
+        target[...] = results

@@ -1,0 +1,171 @@
+"""The resolved types of a schema.
+
+Types refer to each other by name (a list of ``T`` is called ``[T]``), because
+they may be recursive; :class:`qmpd.qapi.schema.Schema` maps the names to the
+types.  As on the wire, a struct and a union are both objects: a union is an
+object with a discriminator and a branch for each of its values.  A base's
+members stand in front of the object's own, in the order in which QEMU visits
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from qmpd.qapi.parser import Location
+
+#: The name of the object type without members, which no schema can define.
+EMPTY: Final = "{}"
+
+
+def list_of(element: str) -> str:
+    """Return the name of the list type with these elements."""
+    return f"[{element}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of an object, or an alternative of an alternate."""
+
+    name: str
+    type: str
+    optional: bool = False
+    features: tuple[str, ...] = ()
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EnumMember:
+    """A value of an enum."""
+
+    name: str
+    features: tuple[str, ...] = ()
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinType:
+    """A type of the language itself.
+
+    :param json_type: its JSON type as ``query-qmp-schema`` calls it.
+    :param minimum: for an integer type, the smallest value that it holds; None for others.
+    :param maximum: the largest.
+    """
+
+    name: str
+    json_type: str
+    minimum: int | None = None
+    maximum: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EnumType:
+    """A string out of a fixed set."""
+
+    name: str
+    values: tuple[EnumMember, ...]
+    features: tuple[str, ...] = ()
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ListType:
+    """A list whose elements have one type."""
+
+    name: str
+    element: str
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectType:
+    """A struct or a union.
+
+    :param members: base members first.
+    :param discriminator: for a union, the member whose value chooses the branch.
+    :param branches: for a union, the object type that adds its members for a
+        value of the discriminator; a value without an entry adds none.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    discriminator: str | None = None
+    branches: Mapping[str, str] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AlternateType:
+    """A value of one of several types, told apart by their JSON types."""
+
+    name: str
+    members: tuple[Member, ...]
+    features: tuple[str, ...] = ()
+    doc: str = ""
+
+
+Type = BuiltinType | EnumType | ListType | ObjectType | AlternateType
+
+
+def _integers() -> Iterator[BuiltinType]:
+    for bits in (8, 16, 32, 64):
+        yield BuiltinType(f"int{bits}", "int", -(1 << bits - 1), (1 << bits - 1) - 1)
+        # QEMU takes a negative number for a 64-bit unsigned one, modulo 2**64.
+        lowest = -(1 << 63) if bits == 64 else 0
+        yield BuiltinType(f"uint{bits}", "int", lowest, (1 << bits) - 1)
+
+
+#: The language's own types, except QType, which is an enum.
+BUILTINS: Final[Mapping[str, BuiltinType]] = {
+    builtin.name: builtin
+    for builtin in (
+        BuiltinType("str", "string"),
+        BuiltinType("number", "number"),
+        BuiltinType("bool", "boolean"),
+        BuiltinType("null", "null"),
+        BuiltinType("any", "value"),
+        BuiltinType("int", "int", -(1 << 63), (1 << 63) - 1),
+        BuiltinType("size", "int", -(1 << 63), (1 << 64) - 1),
+        *_integers(),
+    )
+}
+
+QTYPE: Final = EnumType(
+    "QType",
+    tuple(EnumMember(name) for name in ("none", "qnull", "qnum", "qstring", "qdict", "qlist", "qbool")),
+    doc="The JSON type of a value.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandDefinition:
+    """What the schema says of a command; ``arguments`` is an object type's name.
+
+    :param returns: the name of the type of a successful reply's value.
+    :param generate: False if the arguments are checked by the command itself.
+    """
+
+    name: str
+    arguments: str
+    returns: str
+    generate: bool
+    success_response: bool
+    allow_oob: bool
+    allow_preconfig: bool
+    coroutine: bool
+    features: tuple[str, ...]
+    doc: str
+    location: Location
+
+
+@dataclass(frozen=True, slots=True)
+class EventDefinition:
+    """What the schema says of an event; ``arguments`` is the object type of its data."""
+
+    name: str
+    arguments: str
+    features: tuple[str, ...]
+    doc: str
+    location: Location

@@ -1,0 +1,68 @@
+"""What all tests share: the peers' rule, and daemons that end with the test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import peers
+import pytest
+from daemons import QMPD, STORAGE_DAEMON, RunningDaemon
+
+StartDaemon = Callable[..., RunningDaemon]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the tests' own subprocesses find cryptsetup where Debian puts it."""
+    os.environ["PATH"] = peers.search_path()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip or fail a test whose peers are not there, by their names."""
+    reasons = [
+        reason
+        for marker in item.iter_markers("peer")
+        for name in marker.args
+        if (reason := peers.missing(name)) is not None
+    ]
+    if reasons:
+        stop = pytest.fail if peers.required() else pytest.skip
+        stop("missing peer: " + ", ".join(dict.fromkeys(reasons)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the missing peers at the end of every run."""
+    terminalreporter.ensure_newline()
+    terminalreporter.write_line(peers.summary())
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
+    """Start qmpd: ``start_daemon(*arguments, name="daemon", program=QMPD)``; all end with the test."""
+    started: list[RunningDaemon] = []
+
+    def start(*arguments: str, name: str = "daemon", program: tuple[str, ...] = QMPD) -> RunningDaemon:
+        started.append(RunningDaemon(program, arguments, tmp_path, name))
+        return started[-1]
+
+    yield start
+    for daemon in started:
+        daemon.kill()
+
+
+@pytest.fixture
+def daemon(start_daemon: StartDaemon) -> RunningDaemon:
+    """A qmpd with nothing in it but a monitor."""
+    return start_daemon()
+
+
+@pytest.fixture
+def start_storage_daemon(start_daemon: StartDaemon) -> StartDaemon:
+    """Start qemu-storage-daemon, as ``start_daemon`` starts qmpd."""
+
+    def start(*arguments: str, name: str = "peer") -> RunningDaemon:
+        return start_daemon(*arguments, name=name, program=STORAGE_DAEMON)
+
+    return start
