@@ -16,15 +16,12 @@ from qmpd.block.drivers.file import resize
 from qmpd.block.file_locks import ImageLocks
 from qmpd.block.graph import Graph
 from qmpd.block.permissions import Permission
-from qmpd.crypto import kdf, luks1
+from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.errors import Error
 
 #: What whoever makes an image takes on its nodes.
 _CREATE = Permission.WRITE | Permission.RESIZE
-
-#: The share of `iter-time` that goes to the digest of the volume key (as QEMU divides it).
-_DIGEST_SHARE = 8
 
 #: Milliseconds for one passphrase check, if `iter-time` is not given.
 DEFAULT_ITER_TIME = 2000
@@ -90,29 +87,28 @@ async def _create_luks(graph: Graph, options: Mapping[str, Any]) -> None:
         hash_name = options.get("hash-alg", "sha256")
         iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
 
-        def derive() -> luks1.FormatPlan:
-            password = graph.secrets(options["key-secret"])
-            slot_iterations = kdf.calibrate(hash_name, iter_time, spec.key_bytes)
-            digest_iterations = kdf.calibrate(hash_name, iter_time / _DIGEST_SHARE, luks1.DIGEST_BYTES)
-            return luks1.format_plan(
+        def derive() -> tuple[luks1.Header, list[luks1.Write | luks1.Barrier]]:
+            slot_iterations, digest_iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
+            header, key, plan = luks1.format_plan(
                 spec,
                 hash_name,
-                password,
-                slot_iterations=slot_iterations,
-                digest_iterations=digest_iterations,
+                graph.secrets(options["key-secret"]),
+                slot_iterations,
+                digest_iterations,
                 detached=header_disk is not None,
             )
+            key.wipe()
+            return header, plan
 
-        plan = await graph.in_key_thread(derive)
+        header, plan = await graph.in_key_thread(derive)
         target = header_disk or payload
         assert target is not None
-        header_bytes = plan.header.header_length()
         if payload is not None and size is not None:
-            offset = plan.header.payload_offset * luks1.SECTOR
+            offset = header.payload_offset * luks1.SECTOR
             await payload.truncate(offset + size, preallocation)
         if header_disk is not None:
-            await header_disk.truncate(header_bytes)
-        for step in plan.steps:
+            await header_disk.truncate(header.header_length())
+        for step in plan:
             if isinstance(step, luks1.Write):
                 await target.pwrite(step.offset, step.data)
             else:

@@ -80,7 +80,7 @@ class _Contexts:
 
     def __init__(self, data_key: memoryview, tweak_key: memoryview | None, essiv_key: bytes | None) -> None:
         def ecb(key: memoryview | bytes) -> Cipher[modes.ECB]:
-            return Cipher(algorithms.AES(key), modes.ECB())  # type: ignore[arg-type]
+            return Cipher(algorithms.AES(key), modes.ECB())
 
         data = ecb(data_key)
         self.encrypt: CipherContext = data.encryptor()
@@ -90,7 +90,7 @@ class _Contexts:
         if tweak_key is not None:
             self.tweak = ecb(tweak_key).encryptor()
         else:
-            cbc = Cipher(algorithms.AES(data_key), modes.CBC(_ZERO_IV))  # type: ignore[arg-type]
+            cbc = Cipher(algorithms.AES(data_key), modes.CBC(_ZERO_IV))
             self.cbc = cbc.encryptor()
         #: The last ciphertext block that left `cbc`, as a number.
         self.chain = 0
@@ -114,7 +114,9 @@ class SectorCipher:
         self, spec: CipherSpec, key: Buffer, sector_size: int = SECTOR, *, iv_unit: int = SECTOR
     ) -> None:
         if len(key) != spec.key_bytes:
-            raise ValueError(f"{spec.algorithm} in {spec.mode} needs {spec.key_bytes} bytes of key, not {len(key)}")
+            raise ValueError(
+                f"{spec.algorithm} in {spec.mode} takes a key of {spec.key_bytes} bytes, not {len(key)}"
+            )
         if sector_size not in (512, 1024, 2048, 4096):
             raise ValueError(f"sector size {sector_size} is not a power of two from 512 to 4096")
         if iv_unit not in (SECTOR, sector_size):
@@ -135,7 +137,7 @@ class SectorCipher:
         self._closed = threading.Event()
 
     def __repr__(self) -> str:
-        return f"<SectorCipher {self.spec.algorithm} {self.spec.header_names()[1]} of {self.sector_size} bytes>"
+        return f"<SectorCipher {self.spec.algorithm} {self.spec.header_names()[1]}>"
 
     def encrypt(self, data: Buffer, first_sector: int) -> memoryview:
         """Return the ciphertext of `data`.
@@ -144,13 +146,13 @@ class SectorCipher:
         :param first_sector: where they are in the volume, in units of 512 bytes.
         :raise ValueError: not whole sectors, or the cipher was closed.
         """
-        into = memoryview(np.empty(len(data), np.uint8))
+        into = np.empty(len(data), np.uint8).data
         self.encrypt_into(data, first_sector, into)
         return into
 
     def decrypt(self, data: Buffer, first_sector: int) -> memoryview:
         """Return the plaintext of `data`; parameters and errors as of :meth:`encrypt`."""
-        into = memoryview(np.empty(len(data), np.uint8))
+        into = np.empty(len(data), np.uint8).data
         self.decrypt_into(data, first_sector, into)
         return into
 
@@ -182,7 +184,9 @@ class SectorCipher:
             return _Contexts(key[:half], key[half:], self._essiv_key)
         return _Contexts(key, None, self._essiv_key)
 
-    def _run(self, data: Buffer, first_sector: int, into: bytearray | memoryview, *, encrypting: bool) -> None:
+    def _run(
+        self, data: Buffer, first_sector: int, into: bytearray | memoryview, *, encrypting: bool
+    ) -> None:
         length = len(data)
         if len(into) != length:
             raise ValueError(f"{length} bytes of data for a buffer of {len(into)}")
@@ -214,7 +218,7 @@ class SectorCipher:
 
 def _bytes(array: Words) -> Any:
     """Return the memory of an array as `cryptography` takes it."""
-    return memoryview(array).cast("B")
+    return array.data.cast("B")
 
 
 def _times_x32(tweaks: Words) -> Words:

@@ -17,7 +17,7 @@ from typing import Final
 from qmpd.qapi.parser import Location
 
 #: The name of the object type without members, which no schema can define.
-EMPTY: Final = "{}"
+EMPTY: Final = ":empty"
 
 
 def list_of(element: str) -> str:

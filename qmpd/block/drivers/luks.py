@@ -13,8 +13,6 @@ Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 from typing import Any
 
 from qmpd.block.node import SECTOR, Data, Node
@@ -51,7 +49,7 @@ def unlock(
         key = luks1.unlock_slot(header, slot, password, material)
         if key is not None:
             return luks1.VolumeKey(key)
-    raise Error("Invalid password, cannot unlock any keyslot")
+    raise Error(luks1.INVALID_PASSWORD)
 
 
 class LuksNode(Node):
@@ -85,8 +83,7 @@ class LuksNode(Node):
             self._cipher = SectorCipher(header.spec, key.data)
         self._header = header
         self._payload_offset = header.payload_offset * luks1.SECTOR
-        if self._payload_offset > self.file.size:
-            raise Error(f"Could not refresh total sector count: {os.strerror(errno.EIO)}")
+        header.payload_bytes(self.file.size)
 
     async def _open_header(self) -> Node | None:
         """Attach the node with the detached header, if the options name one."""
