@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
+from qmpd.block import allocation
 from qmpd.block.backend import Backend
 from qmpd.block.drivers.file import resize
 from qmpd.block.file_locks import ImageLocks
@@ -57,6 +58,10 @@ def _create_regular_file(options: Mapping[str, Any]) -> None:
         locks = ImageLocks(descriptor)
         locks.prepare(_CREATE, Permission.everything() & ~Permission.RESIZE)
         resize(descriptor, 0, "off")
+        if options.get("nocow"):
+            allocation.ask_no_copy_on_write(descriptor)
+        if options.get("extent-size-hint"):
+            allocation.hint_extent_size(descriptor, options["extent-size-hint"])
         resize(descriptor, size, preallocation)
     finally:
         os.close(descriptor)
@@ -127,5 +132,4 @@ async def _for_creation(graph: Graph, reference: str | Mapping[str, Any]) -> Asy
 CREATORS: Final[Mapping[str, Callable[[Graph, Mapping[str, Any]], Awaitable[None]]]] = {
     "file": _create_file,
     "luks": _create_luks,
-    "gluks": _create_luks,
 }

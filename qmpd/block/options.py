@@ -26,6 +26,7 @@ class NodeOptions:
     #: "off", "on" (zeroes are written by the cheapest way) or "unmap" (and their space given back).
     detect_zeroes: str = "off"
     force_share: bool = False
+    active: bool = True
 
     @classmethod
     def parse(cls, options: Mapping[str, Any], inherited: NodeOptions | None = None) -> NodeOptions:
@@ -45,6 +46,7 @@ class NodeOptions:
             discard=options.get("discard", "unmap" if inherited else base.discard),
             detect_zeroes=options.get("detect-zeroes", "off"),
             force_share=options.get("force-share", base.force_share),
+            active=options.get("active", True),
         )
 
     def check(self) -> None:
@@ -52,6 +54,8 @@ class NodeOptions:
 
         :raise Error: in QEMU's words.
         """
+        if not self.active:
+            raise Error("Inactive nodes are not supported: 'active' must be true")
         if self.force_share and not self.read_only:
             raise Error("force-share=on can only be used with read-only images")
         if self.detect_zeroes == "unmap" and self.discard != "unmap":

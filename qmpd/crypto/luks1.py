@@ -14,30 +14,31 @@ was written must have reached the disk.
 The refusals of :meth:`Header.parse` are QEMU's, in its wording and its order
 (the first fault found is the one that is told):
 
-=============================================================  ===========================================
-what is wrong                                                  text
-=============================================================  ===========================================
-no magic                                                       Volume is not in LUKS format
-another version                                                LUKS version 2 is not supported
-a name that fills its field                                    LUKS header cipher name is not NUL terminated
-                                                               (also: cipher mode, hash spec)
-payload before sector 8                                        LUKS payload is overlapping with the header
-no iterations of the digest                                    LUKS key iteration count is zero
-a slot with other than 4000 stripes                            Keyslot 3 is corrupted (stripes 0 != 4000)
-a slot neither active nor disabled                             Keyslot 3 state (active/disable) is corrupted
-an active slot with no iterations                              Keyslot 3 iteration count is zero
-slot before sector 8                                           Keyslot 3 is overlapping with the LUKS header
-slot that ends after the payload's start                       Keyslot 3 is overlapping with the encrypted payload
-two slots that share sectors                                   Keyslots 3 and 5 are overlapping in the header
-cipher mode without a dash                                     Unexpected cipher mode string format 'xts'
-hash unknown (first the IV rule's; later the header's)         Hash algorithm 'foo' not supported
-mode unknown                                                   Cipher mode 'lrw' not supported
-cipher unknown, or not with this key length                    Algorithm 'aes' with key size 17 bytes not supported
-IV rule unknown                                                IV generator 'benbi' not supported
-essiv without a hash                                           Missing IV generator hash specification
-essiv with a hash of a length that is no AES key's             No AES cipher with key size 20 available
-an odd key length in XTS                                       XTS cipher key length should be a multiple of 2
-=============================================================  ===========================================
+======================================  =======================================================
+what is wrong                           text
+======================================  =======================================================
+no magic                                Volume is not in LUKS format
+another version                         LUKS version 2 is not supported
+a name that fills its field             LUKS header cipher name is not NUL terminated
+(also "cipher mode", "hash spec")
+payload before sector 8                 LUKS payload is overlapping with the header
+no iterations of the digest             LUKS key iteration count is zero
+slot with other than 4000 stripes       Keyslot 3 is corrupted (stripes 0 != 4000)
+slot neither active nor disabled        Keyslot 3 state (active/disable) is corrupted
+active slot without iterations          Keyslot 3 iteration count is zero
+slot before sector 8                    Keyslot 3 is overlapping with the LUKS header
+slot ends after the payload starts      Keyslot 3 is overlapping with the encrypted payload
+two slots share sectors                 Keyslots 3 and 5 are overlapping in the header
+cipher mode without a dash              Unexpected cipher mode string format 'xts'
+hash of the IV rule unknown             Hash algorithm 'foo' not supported
+mode unknown                            Cipher mode 'lrw' not supported
+cipher unknown, or without such a key   Algorithm 'aes' with key size 17 bytes not supported
+the header's hash unknown               Hash algorithm 'foo' not supported
+IV rule unknown                         IV generator 'benbi' not supported
+essiv without a hash                    Missing IV generator hash specification
+essiv's hash is no AES key's length     No AES cipher with key size 20 available
+an odd key length in XTS                XTS cipher key length should be a multiple of 2
+======================================  =======================================================
 
 A header read from its own volume is not checked against the payload, as in
 QEMU.  A volume that ends within the header is read as if zeros followed.
@@ -174,9 +175,8 @@ class Header:
         :raise Error: see the module.
         """
         raw = bytes(data[:HEADER_BYTES]).ljust(HEADER_BYTES, b"\0")
-        (magic, version, cipher, mode, hash_spec, payload_offset, key_bytes, digest, salt, iterations, uuid) = (
-            _HEADER.unpack_from(raw)
-        )
+        magic, version, cipher, mode, hash_spec, *numbers = _HEADER.unpack_from(raw)
+        payload_offset, key_bytes, digest, salt, iterations, uuid = numbers
         if magic != _MAGIC:
             raise Error("Volume is not in LUKS format")
         if version != _VERSION:
@@ -232,7 +232,7 @@ class Header:
         return CipherSpec.from_header(self.cipher_name, self.cipher_mode, self.key_bytes)
 
     def material_extent(self, slot: int) -> tuple[int, int]:
-        """Return where the key material of slot number `slot` is: ``(offset, length)`` in bytes, whole sectors."""
+        """Return ``(offset, length)``, in bytes and whole sectors, of the key material of slot number `slot`."""
         keyslot = self.slots[slot]
         return keyslot.key_offset * SECTOR, _sectors(self.key_bytes * keyslot.stripes) * SECTOR
 
@@ -489,12 +489,13 @@ def format_plan(
         digest_iterations=digest_iterations,
         slots=(first_slot, *blank.slots[1:]),
     )
+    area = _aligned(_sectors(HEADER_BYTES)) * SECTOR
     plan: list[Write | Barrier] = [
-        Write(0, bytes(_aligned(_sectors(HEADER_BYTES)) * SECTOR)),
+        Write(0, bytes(area)),
         Barrier(),
         Write(offset, encrypted),
         Barrier(),
-        Write(0, header.pack()),
+        Write(0, header.pack().ljust(area, b"\0")),
         Barrier(),
     ]
     return header, VolumeKey(key), plan

@@ -30,6 +30,8 @@ SchemaInfo = dict[str, Any]
 class _Introspection:
     def __init__(self, resolved: Resolved) -> None:
         self._resolved = resolved
+        # A list of a narrow integer type becomes '[int]', which the schema need not have.
+        self._types = dict(resolved.types)
         self._numbers: dict[str, str] = {}
         #: The types met so far, in order; the later ones still have to be described.
         self._met: dict[str, None] = {}
@@ -62,7 +64,7 @@ class _Introspection:
         """Return the name that a type goes by, and see to it that it is described."""
         name = self._plain(name)
         self._met.setdefault(name)
-        type_ = self._resolved.types[name]
+        type_ = self._types[name]
         match type_:
             case BuiltinType():
                 return name
@@ -73,21 +75,21 @@ class _Introspection:
 
     def _plain(self, name: str) -> str:
         """Replace each integer type by 'int'."""
-        type_ = self._resolved.types[name]
+        type_ = self._types[name]
         if isinstance(type_, BuiltinType) and type_.json_type == "int":
             return "int"
         if isinstance(type_, ListType):
             element = self._plain(type_.element)
             if element != type_.element:
                 name = list_of(element)
-                self._resolved.types.setdefault(name, ListType(name, element))
+                self._types.setdefault(name, ListType(name, element))
         return name
 
     def _number(self, name: str) -> str:
         return self._numbers.setdefault(name, str(len(self._numbers)))
 
     def _type(self, name: str) -> SchemaInfo:
-        type_ = self._resolved.types[name]
+        type_ = self._types[name]
         match type_:
             case BuiltinType():
                 return {"name": name, "meta-type": "builtin", "json-type": type_.json_type}
@@ -133,7 +135,7 @@ class _Introspection:
         """Return a union's branches: as written, then the values that add no members."""
         branches = dict(type_.branches)
         for member in type_.members:
-            values = self._resolved.types[member.type]
+            values = self._types[member.type]
             if member.name == type_.discriminator and isinstance(values, EnumType):
                 for value in values.values:
                     branches.setdefault(value.name, EMPTY)

@@ -16,7 +16,7 @@ from typing import Any
 
 from qmpd.qapi import introspection, keyval
 from qmpd.qapi.json_dialect import parse_json
-from qmpd.qapi.json_schema import Definitions, reference
+from qmpd.qapi.json_schema import Definitions
 from qmpd.qapi.parser import parse_file, parse_text
 from qmpd.qapi.resolve import Resolved, resolve
 from qmpd.qapi.types import (
@@ -216,5 +216,3 @@ def loads(text: str, name: str = "<text>") -> Schema:
     """
     expressions, _ = parse_text(text, name)
     return Schema(resolve(expressions))
-
-

@@ -33,7 +33,7 @@ from jsonschema.validators import extend
 
 from qmpd.errors import Error
 from qmpd.qapi.json_schema import ALTERNATE, UNION, Definitions, JSONSchema
-from qmpd.qapi.types import BUILTINS
+from qmpd.qapi.types import BUILTINS, BuiltinType
 
 #: A keyword's function as jsonschema calls it: validator, the keyword's value, instance, schema.
 Keyword = Callable[[Any, Any, Any, JSONSchema], Iterator[ValidationError]]
@@ -64,9 +64,7 @@ _PYTHON_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 
 def _refusal(keyword: str, value: Any, instance: Any, schema: JSONSchema, what: str) -> ValidationError:
     """Make an error that is complete: nothing is left for jsonschema to add but the path."""
-    return ValidationError(
-        what, validator=keyword, validator_value=value, instance=instance, schema=schema
-    )
+    return ValidationError(what, validator=keyword, validator_value=value, instance=instance, schema=schema)
 
 
 def _type(validator: Any, name: str, instance: Any, schema: JSONSchema) -> Iterator[ValidationError]:
@@ -74,9 +72,7 @@ def _type(validator: Any, name: str, instance: Any, schema: JSONSchema) -> Itera
         yield _refusal("type", name, instance, schema, f"{instance!r} is not of type {name!r}")
 
 
-def _enum(
-    validator: Any, values: list[str], instance: Any, schema: JSONSchema
-) -> Iterator[ValidationError]:
+def _enum(validator: Any, values: list[str], instance: Any, schema: JSONSchema) -> Iterator[ValidationError]:
     if instance not in values:
         yield _refusal("enum", values, instance, schema, f"{instance!r} is not one of {values!r}")
 
@@ -189,7 +185,7 @@ class _Words:
     def _alternate(
         self, validator: Any, choices: Mapping[str, JSONSchema], instance: Any, schema: JSONSchema
     ) -> Iterator[ValidationError]:
-        choice = choices.get(_JSON_TYPES[type(instance)])
+        choice = choices.get(_JSON_TYPES.get(type(instance), ""))
         if choice is None:
             what = f"{instance!r} is of none of the types {list(choices)}"
             return iter((_refusal(ALTERNATE, choices, instance, schema, what),))
@@ -262,31 +258,34 @@ def _path(steps: list[str | int], style: Style) -> str:
     return text
 
 
-def _wording(error: ValidationError, style: Style) -> Error:
-    keyword, title = str(error.validator), error.schema.get("title", "")
-    steps = list(error.absolute_path)
+def _wording(error: Any, style: Style) -> Error:
+    """Say what a ValidationError says, as QEMU would."""
+    keyword: str = error.validator
+    title: str = error.schema.get("title", "")
+    steps: list[str | int] = list(error.absolute_path)
     if keyword in ("required", "additionalProperties"):
         steps.append(error.validator_value)
     name = steps[-1] if steps and isinstance(steps[-1], str) else "null"
-    template = _WORDINGS.get(keyword)
-    if template is None:
-        # Out of range, or of a wrong type.  An integer that only its narrow type does not
-        # hold is named without its path.
-        wide = BUILTINS["int64" if title.startswith("int") else "uint64"]
-        narrow = _NARROW.get(title)
-        if keyword != "type" and narrow and _within(error.instance, wide.minimum, BUILTINS["uint64"].maximum):
-            template = "Parameter '{name}' expects " + narrow
-        elif style.nested and type(error.instance) in (dict, list) and title not in ("object", "array"):
-            template = style.nested
-        else:
-            expected = title if title in _INTEGERS else error.schema["type"]
-            template = style.wrong_type[expected]
+    template = _WORDINGS.get(keyword) or _wrong_value(keyword, error.schema, error.instance, style)
     return Error(
         template.format(path=_path(steps, style) or "null", name=name, value=error.instance, title=title)
     )
 
 
-def _within(value: Any, minimum: int | None, maximum: int | None) -> bool:
+def _wrong_value(keyword: str, schema: JSONSchema, value: object, style: Style) -> str:
+    """Return the text for a value that is of a wrong type or out of its type's range."""
+    title, expected = schema.get("title"), schema["type"]
+    if keyword == "type":
+        if style.nested and type(value) in (dict, list) and expected not in ("object", "array"):
+            return style.nested
+    elif title in _NARROW and _fits(value, BUILTINS["int64" if title.startswith("int") else "uint64"]):
+        # QEMU reads it as a 64-bit number and finds the narrow type too small, without its path.
+        return "Parameter '{name}' expects " + _NARROW[title]
+    return style.wrong_type[title if title in _INTEGERS else expected]
+
+
+def _fits(value: Any, type_: BuiltinType) -> bool:
+    minimum, maximum = type_.minimum, type_.maximum
     return minimum is not None and maximum is not None and minimum <= value <= maximum
 
 
@@ -295,14 +294,17 @@ class Validation:
 
     def __init__(self, definitions: Definitions) -> None:
         self._definitions = definitions
-        self._class = extend(Draft202012Validator, validators=_Words(definitions).keywords)
+        # jsonschema has no types for this function.
+        extended: Any = extend
+        self._class: Any = extended(Draft202012Validator, validators=_Words(definitions).keywords)
 
     def validator(self, schema: JSONSchema) -> Validator:
         """Return a validator for a schema whose references are to our definitions."""
-        return self._class(schema)
+        validator: Validator = self._class(schema)
+        return validator
 
 
-def check(validator: Validator, value: object, style: Style = JSON_STYLE) -> None:
+def check(validator: Validator, value: Any, style: Style = JSON_STYLE) -> None:
     """Validate a value.
 
     :raise Error: what QEMU would report first, in its words.

@@ -190,3 +190,25 @@ async def test_inline_children_inherit(graph: Graph, image: Path) -> None:
     options = graph.lookup(None, "i").node_options
     assert (options.read_only, options.no_flush, options.detect_zeroes) == (True, True, "off")
     assert options.discard == "unmap"
+
+
+async def test_auto_read_only_opens_for_writing_when_somebody_writes(graph: Graph, image: Path) -> None:
+    node = await open_file(graph, image, **{"auto-read-only": True})
+
+    def modes() -> set[int]:
+        links = Path("/proc/self/fd").iterdir()
+        mine = [link for link in links if link.exists() and os.path.samefile(link, image)]
+        return {os.stat(link, follow_symlinks=False).st_mode & 0o200 for link in mine}
+
+    assert node.read_only is False
+    assert modes() == {0}
+    with Backend(graph, perm=Permission.WRITE).use(node) as writer:
+        await writer.pwrite(0, b"written")
+    assert image.read_bytes()[:7] == b"written"
+    await graph.delete("f")
+    assert modes() == set()
+
+
+async def test_inactive_nodes_are_refused(graph: Graph) -> None:
+    with pytest.raises(Error, match="Inactive nodes are not supported"):
+        await graph.add({"driver": "null-co", "node-name": "n", "active": False})

@@ -94,6 +94,10 @@ class FileNode(Node):
         self._filename: str = options["filename"]
         self._descriptor = -1
         self._direct_descriptor = -1
+        #: The locks belong to the first open file description, whatever is opened later.
+        self._lock_descriptor = -1
+        self._retired: list[int] = []
+        self._writable = False
         self._locks: ImageLocks | None = None
         self._size = 0
         self._discards_done = 0
@@ -105,41 +109,51 @@ class FileNode(Node):
             raise Error("aio=native was specified, but it requires cache.direct=on, which was not specified.")
 
     async def open(self) -> None:
-        """Open the file."""
-        try:
-            self._descriptor = self._open_descriptor()
-            if self.node_options.direct:
-                flags = os.O_RDONLY if self.read_only else os.O_RDWR
-                self._direct_descriptor = open_regular(self._filename, flags | os.O_DIRECT)
-        except OSError as error:
-            raise Error(f"Could not open '{self._filename}': {error.strerror}") from None
+        """Open the file: for writing at once, or with `auto-read-only` when somebody wants to write."""
+        writable = not self.read_only and not self.node_options.auto_read_only
+        self._descriptor, self._direct_descriptor = self._open_descriptors(writable)
+        self._writable = writable
         if self.options.get("locking", "auto") != "off":
-            self._locks = ImageLocks(self._descriptor)
+            self._lock_descriptor = os.dup(self._descriptor)
+            self._locks = ImageLocks(self._lock_descriptor)
         self._size = os.fstat(self._descriptor).st_size
 
-    def _open_descriptor(self) -> int:
-        if self.read_only:
-            return open_regular(self._filename, os.O_RDONLY)
+    def _open_descriptors(self, writable: bool) -> tuple[int, int]:
+        """A descriptor through the page cache, and with `cache.direct` one past it (else -1)."""
+        flags = os.O_RDWR if writable else os.O_RDONLY
         try:
-            return open_regular(self._filename, os.O_RDWR)
-        except OSError as error:
-            may_fall_back = self.node_options.auto_read_only
-            if not may_fall_back or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            descriptor = open_regular(self._filename, flags)
+            try:
+                direct = open_regular(self._filename, flags | os.O_DIRECT) if self.node_options.direct else -1
+            except BaseException:
+                os.close(descriptor)
                 raise
-        self.read_only = True
-        return open_regular(self._filename, os.O_RDONLY)
+        except OSError as error:
+            raise Error(f"Could not open '{self._filename}': {error.strerror}") from None
+        return descriptor, direct
 
     async def close(self) -> None:
         """Close the descriptors, which gives back the locks."""
-        for descriptor in (self._descriptor, self._direct_descriptor):
+        for descriptor in (
+            self._descriptor,
+            self._direct_descriptor,
+            self._lock_descriptor,
+            *self._retired,
+        ):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._descriptor = self._direct_descriptor = -1
+        self._descriptor = self._direct_descriptor = self._lock_descriptor = -1
 
     # -- permissions are locks
 
     def prepare_permissions(self, perm: Permission, shared: Permission) -> None:
-        """Take the locks that the permissions stand for."""
+        """Open the file for writing if need be, and take the locks that the permissions stand for."""
+        if perm & (Permission.WRITE | Permission.RESIZE) and not self._writable and not self.read_only:
+            # The descriptors from before stay valid until the end: a request may be using them.
+            before = [self._descriptor, self._direct_descriptor]
+            self._descriptor, self._direct_descriptor = self._open_descriptors(writable=True)
+            self._retired += before
+            self._writable = True
         if self._locks is not None:
             self._locks.prepare(perm, Permission.everything() if self.node_options.force_share else shared)
 

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from qmpd.crypto import kdf
+from qmpd.errors import Error
+
+
+@pytest.mark.parametrize(
+    ("iterations", "derived"),
+    [  # RFC 6070, section 2
+        (1, "0c60c80f961f0e71f3a9b524af6012062fe037a6"),
+        (2, "ea6c014dc72d8c8ccd1ed92ace1d41f0d8de8957"),
+        (4096, "4b007901b765489abead49d926f721d065a429c1"),
+    ],
+)
+def test_pbkdf2_gives_the_vectors_of_rfc_6070(iterations: int, derived: str) -> None:
+    assert kdf.pbkdf2("sha1", b"password", b"salt", iterations, 20).hex() == derived
+
+
+@pytest.mark.parametrize("name", ["sha1", "sha256", "sha512"])
+def test_the_password_may_be_any_buffer(name: str) -> None:
+    expected = hashlib.pbkdf2_hmac(name, b"abc123", b"s" * 32, 1000, 64)
+    for password in (b"abc123", bytearray(b"abc123"), memoryview(b"abc123")):
+        assert kdf.pbkdf2(name, password, b"s" * 32, 1000, 64) == expected
+
+
+def test_an_unknown_hash_is_refused() -> None:
+    with pytest.raises(Error, match="^Hash algorithm 'crc32' not supported$"):
+        kdf.pbkdf2("crc32", b"", b"", 1, 20)
+
+
+def test_no_time_at_all_still_gives_the_least_iterations() -> None:
+    assert kdf.calibrate("sha256", 0, 32) == kdf.MIN_ITERATIONS
+
+
+def test_too_much_time_gives_no_more_iterations_than_would_be_opened() -> None:
+    assert kdf.calibrate("sha256", 10**9, 32) == kdf.MAX_ITERATIONS
+
+
+def test_iterations_grow_with_the_time_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that takes 1 microsecond for each iteration.
+    now = 0.0
+
+    def derive(hash_name: str, password: bytes, salt: bytes, iterations: int, length: int) -> bytearray:
+        nonlocal now
+        now += iterations / 1e6
+        return bytearray(length)
+
+    monkeypatch.setattr(kdf, "pbkdf2", derive)
+    monkeypatch.setattr(kdf.time, "thread_time", lambda: now)
+    assert kdf.calibrate("sha256", 2000, 32) == pytest.approx(2_000_000, rel=1e-6)
+    assert kdf.calibrate("sha256", 10, 32) == pytest.approx(10_000, rel=1e-3)

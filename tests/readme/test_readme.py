@@ -1,0 +1,103 @@
+"""Every command that the README shows is run here, section by section, as a reader would type it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import peers
+import pytest
+from daemons import CHECKOUT
+
+README: Final = (CHECKOUT / "README.md").read_text()
+
+#: Commands that run in another form here, and why.
+STANDS_IN_FOR: Final[Mapping[str, tuple[str, str]]] = {
+    "make test": ("make --dry-run test", "this very test is part of it"),
+    "make bench": ("make bench BENCH_ARGUMENTS=--quick", "the numbers are not wanted here, and take minutes"),
+}
+
+#: Languages of fenced blocks that are shown and not typed.
+SHOWN: Final = frozenset({"text", "json"})
+
+
+def sections() -> dict[str, list[tuple[str, str]]]:
+    """Return the README's fenced blocks as (language, text), by the heading above them."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    heading, language, lines = "", None, []
+    for line in README.splitlines():
+        if language is not None:
+            if line == "```":
+                found.setdefault(heading, []).append((language, "\n".join(lines)))
+                language, lines = None, []
+            else:
+                lines.append(line)
+        elif line.startswith("```"):
+            language = line.removeprefix("```")
+        elif line.startswith("#"):
+            heading = line.lstrip("# ")
+    assert language is None, "a block of the README does not end"
+    return found
+
+
+def script(heading: str) -> str:
+    """Return the commands under *heading*, with the stand-ins in place."""
+    typed = "\n".join(text for language, text in sections()[heading] if language == "sh")
+    for command, (stand_in, _) in STANDS_IN_FOR.items():
+        typed = re.sub(rf"^{re.escape(command)}$", stand_in, typed, flags=re.MULTILINE)
+    return typed
+
+
+HEADINGS: Final = [
+    heading for heading, blocks in sections().items() if any(language == "sh" for language, _ in blocks)
+]
+
+
+def test_every_block_is_either_run_or_plainly_not_a_command() -> None:
+    languages = {language for blocks in sections().values() for language, _ in blocks}
+    assert languages <= {"sh"} | SHOWN
+    assert "make demo\nmake test" in script("qmpd").replace("make --dry-run test", "make test")
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_the_commands_of_a_section_work(heading: str, tmp_path: Path) -> None:
+    commands = script(heading)
+    for peer in peers.PEERS:
+        if re.search(rf"\b{re.escape(peer)}\b", commands) and (reason := peers.missing(peer)):
+            (pytest.fail if peers.required() else pytest.skip)(f"missing peer: {reason}")
+    printed = tmp_path / "printed"
+    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    for inherited in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # this may run under `make test`
+        environment.pop(inherited, None)
+    with printed.open("wb") as output:
+        shell = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=CHECKOUT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = shell.wait(100)
+        finally:
+            try:
+                os.killpg(shell.pid, signal.SIGKILL)  # what a section started in the background
+            except ProcessLookupError:
+                pass
+    shown = printed.read_text()
+    assert status == 0, shown
+    assert '"error"' not in shown, shown
+    assert "Traceback" not in shown, shown
+
+
+def test_the_files_that_the_readme_links_to_exist() -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
+    assert links
+    assert [link for link in links if not (CHECKOUT / link).exists()] == []
