@@ -1,40 +1,26 @@
-"""The command line: options in qemu-storage-daemon's spelling, read as it reads them.
+"""The command line as ``getopt_long`` reads it, in qemu-storage-daemon's spelling.
 
-Three small languages meet here.  :func:`scan` cuts the arguments into options
-as ``getopt_long`` does: abbreviations, ``--key value`` and ``--key=value``,
-its words for what is wrong.  :func:`parse_settings` reads the dialect of
-QEMU's character devices, where a bare ``server`` means ``server=on`` and
-``nowait`` means ``wait=off``; :func:`chardev_config` and
-:func:`monitor_shortcut` say what ``--chardev`` and ``--qmp`` then mean.  The
-typed options (``--object``, ``--blockdev``, ``--monitor``) are the schema's
-affair and are passed on as they stand.
-
-Nothing here opens, connects or starts anything, and importing it is cheap.
+:func:`scan` cuts the arguments into options: abbreviations, ``--key value``
+and ``--key=value``, glibc's words for what is wrong.  What a value means is
+read elsewhere: by the schema, or by :mod:`qmpd.cli.chardev_options`.
 """
 
 from __future__ import annotations
 
-import enum
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from qmpd.errors import Error
-
-if TYPE_CHECKING:
-    from qmpd.monitor.chardev import ChardevConfig
-
-
-# --- getopt_long -----------------------------------------------------------------------------------------
 
 
 class OptionError(Error):
     """An argument that is no option of ours, or an option without its value."""
 
 
-class HelpRequested(Exception):
-    """The value of an option asks what could be given."""
+class Answered(Exception):
+    """An option was a question, and this is the answer; the program ends well."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,15 @@ class Option:
     name: str
     value: str
     text: str
+
+
+@contextmanager
+def naming(option: Option) -> Iterator[None]:
+    """Put the option in front of what is wrong with it."""
+    try:
+        yield
+    except Error as error:
+        raise Error(f"{option.text}: {error.desc}") from error
 
 
 #: qemu-storage-daemon's options in its order, and whether they take a value.
@@ -73,6 +68,8 @@ OWN_OPTIONS: Final[Mapping[str, bool]] = {
     "loop": True,
     "qmp": True,
 }
+
+ALL_OPTIONS: Final[Mapping[str, bool]] = {**STORAGE_DAEMON_OPTIONS, **OWN_OPTIONS}
 
 SHORT_OPTIONS: Final[Mapping[str, str]] = {"h": "help", "T": "trace", "V": "version"}
 
@@ -99,7 +96,7 @@ def scan(arguments: Sequence[str]) -> Iterator[Option]:
 def _long_option(argument: str, waiting: Iterator[str]) -> Option:
     written, equals, value = argument[2:].partition("=")
     name = _full_name(written, argument)
-    if not (STORAGE_DAEMON_OPTIONS | OWN_OPTIONS)[name]:
+    if not ALL_OPTIONS[name]:
         if equals:
             raise OptionError(f"option '--{name}' doesn't allow an argument")
         return Option(name, "", argument)
@@ -113,10 +110,9 @@ def _long_option(argument: str, waiting: Iterator[str]) -> Option:
 
 def _full_name(written: str, argument: str) -> str:
     """Complete an abbreviation; what is unique for qemu-storage-daemon stays so beside our own options."""
-    every = STORAGE_DAEMON_OPTIONS | OWN_OPTIONS
-    if written in every:
+    if written in ALL_OPTIONS:
         return written
-    for names in (STORAGE_DAEMON_OPTIONS, every):
+    for names in (STORAGE_DAEMON_OPTIONS, ALL_OPTIONS):
         possible = [name for name in names if name.startswith(written)]
         if len(possible) == 1:
             return possible[0]
@@ -132,7 +128,7 @@ def _short_options(argument: str, waiting: Iterator[str]) -> Iterator[Option]:
         name = SHORT_OPTIONS.get(letter)
         if name is None:
             raise OptionError(f"invalid option -- '{letter}'")
-        if not STORAGE_DAEMON_OPTIONS[name]:
+        if not ALL_OPTIONS[name]:
             yield Option(name, "", argument)
             continue
         if attached := argument[position:]:
@@ -143,262 +139,3 @@ def _short_options(argument: str, waiting: Iterator[str]) -> Iterator[Option]:
             raise OptionError(f"option requires an argument -- '{letter}'")
         yield Option(name, following, f"{argument} {following}")
         return
-
-
-# --- the dialect of character devices --------------------------------------------------------------------
-
-
-class Kind(enum.Enum):
-    """The type of a setting in the dialect."""
-
-    TEXT = enum.auto()
-    SWITCH = enum.auto()
-    NUMBER = enum.auto()
-
-
-_SWITCH: Final[Mapping[str, bool]] = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
-
-_IDENTIFIER: Final = re.compile(r"[A-Za-z][-A-Za-z0-9._]*\Z")
-_ELEMENT: Final = re.compile(r"(?P<key>[^=,]*)(?P<equals>=)?")
-_VALUE: Final = re.compile(r"(?:[^,]|,,)*")
-
-
-def is_identifier(text: str) -> bool:
-    """Whether *text* may be the id of an object, a device or a character device."""
-    return _IDENTIFIER.match(text) is not None
-
-
-def _elements(text: str, implied_key: str | None) -> Iterator[tuple[str, str | None]]:
-    """Yield keys and values; a bare word has None for a value, a first one may be the implied key's value.
-
-    Commas are doubled inside values.  There is no way to have one in a key.
-    """
-    position = 0
-    while position < len(text):
-        element = _ELEMENT.match(text, position)
-        assert element is not None, "the pattern matches the empty string too"
-        key, value = element["key"], None
-        implied = position == 0 and implied_key is not None and not element["equals"] and key
-        if implied or element["equals"]:
-            found = _VALUE.match(text, 0 if implied else element.end())
-            assert found is not None, "the pattern matches the empty string too"
-            position, value = found.end(), found[0].replace(",,", ",")
-        else:
-            position = element.end()
-        if implied and value not in ("help", "?"):
-            assert implied_key is not None
-            key = implied_key
-        elif implied:
-            value = None
-        position += 1  # the comma
-        yield key, value
-
-
-def parse_settings(text: str, known: Mapping[str, Kind], implied_key: str | None = None) -> dict[str, Any]:
-    """Read ``key=value,flag,noflag``; of a key that is given twice the last one counts.
-
-    :param known: the settings there are and their types; ``id`` is one everywhere.
-    :param implied_key: the key of a first value that stands alone.
-    :return: strings, booleans and integers by key.
-    :raise HelpRequested: there is a bare ``help`` or ``?``.
-    :raise Error: in QEMU's words.
-    """
-    elements = list(_elements(text, implied_key))
-    if any(value is None and key in ("help", "?") for key, value in elements):
-        raise HelpRequested
-    pairs = [(key, value) if value is not None else _flag(key, known) for key, value in elements]
-    settings: dict[str, Any] = {}
-    # QEMU looks for the id before anything else, and takes the first one.
-    for identifier in [value for key, value in pairs if key == "id"][:1]:
-        if not is_identifier(identifier):
-            raise Error("Parameter 'id' expects an identifier")
-        settings["id"] = identifier
-    for key, value in pairs:
-        if key == "id":
-            continue
-        if key not in known:
-            raise Error(f"Invalid parameter '{key}'")
-        settings[key] = _CONVERTERS[known[key]](key, value)
-    return settings
-
-
-def _flag(word: str, known: Mapping[str, Kind]) -> tuple[str, str]:
-    """Return the setting that a bare word stands for."""
-    if word.startswith("no") and word not in known:
-        return word[2:], "off"
-    return word, "on"
-
-
-def _switch(key: str, value: str) -> bool:
-    try:
-        return _SWITCH[value]
-    except KeyError:
-        raise Error(f"Parameter '{key}' expects 'on' or 'off'") from None
-
-
-def _number(key: str, value: str) -> int:
-    # Like strtoull with base 0: a leading 0 means octal.
-    digits = re.sub(r"\A([-+]?)0([0-7]+)\Z", r"\g<1>0o\2", value)
-    try:
-        return int(digits, 0)
-    except ValueError:
-        raise Error(f"Parameter '{key}' expects a number") from None
-
-
-def _text(key: str, value: str) -> str:
-    return value
-
-
-_CONVERTERS: Final[Mapping[Kind, Callable[[str, str], Any]]] = {
-    Kind.TEXT: _text,
-    Kind.SWITCH: _switch,
-    Kind.NUMBER: _number,
-}
-
-
-# --- --chardev and --qmp ---------------------------------------------------------------------------------
-
-#: Every setting of every kind of character device in QEMU, and ours.  One that another kind has is ignored,
-#: as QEMU does; one that is in no kind is an error.
-CHARDEV_SETTINGS: Final[Mapping[str, Kind]] = {
-    **dict.fromkeys(
-        "backend chardev fd host input-path localaddr localport logfile name path port size tls-authz tls-creds"
-        " chardevs.0 chardevs.1 chardevs.2 chardevs.3 mode users groups".split(),
-        Kind.TEXT,
-    ),
-    **dict.fromkeys(
-        "abstract append clipboard delay ipv4 ipv6 logappend mouse mux nodelay server signal telnet tight tn3270"
-        " wait websocket".split(),
-        Kind.SWITCH,
-    ),
-    **dict.fromkeys("cols debug height reconnect reconnect-ms rows to width".split(), Kind.NUMBER),
-}
-
-#: The kinds there are.
-CHARDEV_KINDS: Final = ("socket", "stdio")
-
-#: What QEMU's sockets can do and ours cannot: refused, because leaving it out would change what is promised.
-_UNSUPPORTED: Final = (
-    "ipv4",
-    "ipv6",
-    "logfile",
-    "mux",
-    "reconnect",
-    "reconnect-ms",
-    "telnet",
-    "tls-authz",
-    "tls-creds",
-    "tn3270",
-    "to",
-    "websocket",
-)
-
-
-def chardev_config(text: str) -> ChardevConfig:
-    """Return what ``--chardev`` describes.
-
-    :raise HelpRequested: the kinds are asked for.
-    :raise Error: in QEMU's words where it has some.
-    """
-    settings = parse_settings(text, CHARDEV_SETTINGS, "backend")
-    if "id" not in settings:
-        raise Error("chardev: no id specified")
-    if "backend" not in settings:
-        raise Error(f'chardev: "{settings["id"]}" missing backend')
-    return _config(settings)
-
-
-def _config(settings: Mapping[str, Any]) -> ChardevConfig:
-    from qmpd.monitor.chardev import ChardevConfig
-
-    if settings["backend"] not in CHARDEV_KINDS:
-        raise Error(f"'{settings['backend']}' is not a valid char driver name")
-    for name in _UNSUPPORTED:
-        if settings.get(name):
-            raise Error(f"Parameter '{name}' is not supported by qmpd")
-    if settings["backend"] == "stdio":
-        return ChardevConfig(id=settings["id"], kind="stdio")
-    server = settings.get("server", False)
-    if not server and "wait" in settings:
-        raise Error("'wait' option is incompatible with socket in client connect mode")
-    if len(settings.keys() & {"path", "fd", "host"}) > 1:
-        raise Error("None or one of 'path', 'fd' or 'host' option required.")
-    if "host" in settings and "port" not in settings:
-        raise Error("chardev: socket: no port given")
-    path, host, port, descriptor = _address(settings)
-    return ChardevConfig(
-        id=settings["id"],
-        kind="socket",
-        path=path,
-        host=host,
-        port=port,
-        server=server,
-        wait=server and settings.get("wait", True),
-        fd=descriptor,
-        mode=_mode(settings.get("mode")),
-        users=_names("users", settings),
-        groups=_names("groups", settings),
-    )
-
-
-def _address(settings: Mapping[str, Any]) -> tuple[str | None, str | None, str | None, int | None]:
-    """Return path, host, port and descriptor, of which one address is made."""
-    if "path" in settings:
-        # An abstract address is a name that starts with a zero byte, here as in Python's sockets.
-        return ("\0" if settings.get("abstract") else "") + settings["path"], None, None, None
-    if "host" in settings:
-        return None, settings["host"], settings["port"], None
-    number = settings.get("fd", "")
-    if not re.fullmatch(r"-?[0-9]{1,9}", number):
-        raise Error(f"Unable to parse FD number {number}")
-    return None, None, None, int(number)
-
-
-def _mode(digits: str | None) -> int | None:
-    if digits is None:
-        return None
-    if not re.fullmatch(r"[0-7]{1,4}", digits):
-        raise Error(f"Parameter 'mode' expects octal digits such as 0660, not '{digits}'")
-    return int(digits, 8)
-
-
-def _names(key: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names or numbers of ``users=`` and ``groups=``, which colons separate."""
-    if key not in settings:
-        return ()
-    names = tuple(settings[key].split(":"))
-    if not all(names):
-        raise Error(f"Parameter '{key}' expects names or numbers separated by colons")
-    return names
-
-
-#: What may follow ``--qmp``.
-_SHORTCUTS: Final[Mapping[str, re.Pattern[str]]] = {
-    "unix": re.compile(r"unix:(?P<path>(?:[^,]|,,)*)(?:,(?P<rest>.*))?\Z", re.DOTALL),
-    "tcp": re.compile(r"tcp:(?:\[(?P<v6>[^],]*)\]|(?P<host>[^:,]*)):(?P<port>[^:,]+)(?:,(?P<rest>.*))?\Z"),
-    "stdio": re.compile(r"(?:mon:)?stdio(?:,(?P<rest>.*))?\Z"),
-}
-
-
-def monitor_shortcut(text: str, index: int) -> ChardevConfig:
-    """Return the character device of ``--qmp unix:PATH,...``, ``tcp:HOST:PORT,...`` or ``stdio``.
-
-    :param index: how many such options came before; it makes the id that QEMU makes.
-    :raise Error: in QEMU's words where it has some.
-    """
-    for kind, pattern in _SHORTCUTS.items():
-        if found := pattern.match(text):
-            address = found.groupdict()
-            settings = parse_settings(address["rest"] or "", CHARDEV_SETTINGS)
-            break
-    else:
-        raise Error(f"'{text}' is not a valid char driver: unix:PATH, tcp:HOST:PORT or stdio is expected")
-    settings |= {"id": f"compat_monitor{index}", "backend": "stdio" if kind == "stdio" else "socket"}
-    if kind == "unix":
-        settings["path"] = address["path"].replace(",,", ",")
-    elif kind == "tcp":
-        settings |= {"host": address["v6"] or address["host"] or "", "port": address["port"]}
-    return _config(settings)

@@ -232,7 +232,7 @@ class Header:
         return CipherSpec.from_header(self.cipher_name, self.cipher_mode, self.key_bytes)
 
     def material_extent(self, slot: int) -> tuple[int, int]:
-        """Return ``(offset, length)``, in bytes and whole sectors, of the key material of slot number `slot`."""
+        """Return ``(offset, length)`` of the key material of slot number `slot`: bytes, whole sectors."""
         keyslot = self.slots[slot]
         return keyslot.key_offset * SECTOR, _sectors(self.key_bytes * keyslot.stripes) * SECTOR
 

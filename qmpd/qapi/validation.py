@@ -249,12 +249,9 @@ _WORDINGS: Final[Mapping[str, str]] = {
 
 def _path(steps: list[str | int], style: Style) -> str:
     """Write a path as QEMU does: ``file.children[0].size``."""
-    text = ""
-    for step in steps:
-        if isinstance(step, int):
-            text += style.element.format(step)
-        else:
-            text += f".{step}" if text else step
+    text = str(steps[0]) if isinstance(steps[0], str) else style.element.format(steps[0])
+    for step in steps[1:]:
+        text += style.element.format(step) if isinstance(step, int) else f".{step}"
     return text
 
 
@@ -268,13 +265,16 @@ def _wording(error: Any, style: Style) -> Error:
     name = steps[-1] if steps and isinstance(steps[-1], str) else "null"
     template = _WORDINGS.get(keyword) or _wrong_value(keyword, error.schema, error.instance, style)
     return Error(
-        template.format(path=_path(steps, style) or "null", name=name, value=error.instance, title=title)
+        template.format(
+            path=_path(steps, style) if steps else "null", name=name, value=error.instance, title=title
+        )
     )
 
 
 def _wrong_value(keyword: str, schema: JSONSchema, value: object, style: Style) -> str:
     """Return the text for a value that is of a wrong type or out of its type's range."""
-    title, expected = schema.get("title"), schema["type"]
+    title: str = schema.get("title", "")
+    expected: str = schema["type"]
     if keyword == "type":
         if style.nested and type(value) in (dict, list) and expected not in ("object", "array"):
             return style.nested

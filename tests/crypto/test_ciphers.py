@@ -16,9 +16,7 @@ from qmpd.errors import Error
         (("aes", "xts-plain64:sha1", 64), CipherSpec("aes-256", "xts", "plain64", "sha1")),
     ],
 )
-def test_a_headers_names_are_read_and_written_alike(
-    names: tuple[str, str, int], spec: CipherSpec
-) -> None:
+def test_a_headers_names_are_read_and_written_alike(names: tuple[str, str, int], spec: CipherSpec) -> None:
     assert CipherSpec.from_header(*names) == spec
     assert spec.header_names() == names[:2]
     assert spec.key_bytes == names[2]

@@ -146,6 +146,7 @@ def create_header(daemon: RunningDaemon, spec: Spec) -> None:
 
 
 def cryptsetup_creates_header(spec: Spec, directory: Path) -> None:
+    (directory / "header.img").unlink()  # cryptsetup makes a file that is large enough
     run(
         *("cryptsetup", "luksFormat", "--batch-mode", "--type", "luks1"),
         *("--cipher", f"aes-{spec.header_mode}", "--key-size", str(spec.key_bits), "--hash", spec.hash),

@@ -43,13 +43,19 @@ def unlock(
     """The volume key, from the first keyslot that `password` opens.  Takes long: run it in a thread.
 
     :param materials: the number and the key material of each active keyslot.
-    :raise Error: if it opens none.
+    :raise Error: if it opens none; a keyslot with an absurd iteration count does not
+        keep the others from being tried, but is what is complained of then.
     """
+    refusal = Error(luks1.INVALID_PASSWORD)
     for slot, material in materials:
-        key = luks1.unlock_slot(header, slot, password, material)
+        try:
+            key = luks1.unlock_slot(header, slot, password, material)
+        except Error as error:
+            refusal = error
+            continue
         if key is not None:
             return luks1.VolumeKey(key)
-    raise Error(luks1.INVALID_PASSWORD)
+    raise refusal
 
 
 class LuksNode(Node):
@@ -141,7 +147,7 @@ class LuksNode(Node):
             "uuid": header.uuid,
             "slots": [_slot_info(slot) for slot in header.slots],
         }
-        if spec.ivgen_hash is not None:
+        if spec.ivgen == "essiv":
             data["ivgen-hash-alg"] = spec.ivgen_hash
         return {"type": "luks", "data": data}
 
@@ -156,11 +162,11 @@ class LuksNode(Node):
         if length <= TILE:
             data = await self.file.pread(self._payload_offset + offset, length)
             return self._active_cipher.decrypt(data, offset // SECTOR)
-        plain = bytearray(length)
+        plain = memoryview(bytearray(length))
         for start in range(0, length, TILE):
-            piece = min(TILE, length - start)
-            data = await self.file.pread(self._payload_offset + offset + start, piece)
-            plain[start : start + piece] = self._active_cipher.decrypt(data, (offset + start) // SECTOR)
+            tile = plain[start : start + TILE]
+            data = await self.file.pread(self._payload_offset + offset + start, len(tile))
+            self._active_cipher.decrypt_into(data, (offset + start) // SECTOR, tile)
             await asyncio.sleep(0)
         return plain
 

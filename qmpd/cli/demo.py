@@ -1,0 +1,470 @@
+"""``qmpd demo``: plug an encrypted disk with a detached header, use it, and take it away again.
+
+In a temporary directory it makes an empty header file and a sparse payload,
+starts the daemon on a UNIX socket, and plays over QMP what a management
+program would send, with the ``qemu.qmp`` library and with each request and
+reply shown.  Data is written and read through the device; then the demo looks
+at the files from outside, for a header and for plaintext where neither may be.
+Everything it shows it also checks: what is not as it should be ends it with
+status 1 and one line on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn, TextIO
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+#: The names that libvirt would give.
+HEADER_STORAGE: Final = "libvirt-1-storage"
+HEADER_FORMAT: Final = "libvirt-1-format"
+PAYLOAD_STORAGE: Final = "libvirt-2-storage"
+DISK: Final = "libvirt-3-format"
+DEVICE: Final = "virtio-disk1"
+SECRET: Final = "sec0"
+PASSPHRASE: Final = "abc123"
+
+#: What is written, where, and how much of it (bytes).
+PATTERN: Final = 0xAB
+OFFSET: Final = 1 << 20
+LENGTH: Final = 64 << 10
+
+LUKS_MAGIC: Final = b"LUKS\xba\xbe"
+
+#: Seconds after which a daemon that does not answer counts as hung.
+PATIENCE: Final = 30.0
+
+
+class DemoError(Exception):
+    """Something is not as it should be."""
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line, as the daemon does."""
+        raise DemoError(message)
+
+
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _size(text: str) -> int:
+    """Return a number of bytes from ``1G`` and the like."""
+    found = re.fullmatch(r"([0-9]+)([KMGT]?)", text)
+    size = int(found[1]) * _UNITS[found[2]] if found else 0
+    if size < OFFSET + LENGTH or size % 512:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size from 2M up, such as 1G")
+    return size
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the demo.
+
+    :param arguments: what stands after ``qmpd demo``.
+    :return: the exit status.
+    """
+    parser = _Parser(prog="qmpd demo", description="Plug an encrypted disk with a detached LUKS header.")
+    parser.add_argument("--keep", action="store_true", help="leave the files where they are")
+    parser.add_argument(
+        "--size", type=_size, default=_size("1G"), metavar="SIZE", help="of the payload, sparse (default: 1G)"
+    )
+    try:
+        options = parser.parse_args(arguments)
+        directory = Path(tempfile.mkdtemp(prefix="qmpd-demo-"))
+        screen = Screen(sys.stdout)
+        try:
+            asyncio.run(Demo(directory, options.size, screen).play())
+        finally:
+            if options.keep:
+                screen.say(f"The files are in {directory}")
+            else:
+                shutil.rmtree(directory, ignore_errors=True)
+    except (DemoError, QMPError, OSError, asyncio.TimeoutError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"qmpd demo: {reason}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+# --- what the person sees --------------------------------------------------------------------------------
+
+
+class Screen:
+    """Text for a person: in colour on a terminal, unless ``NO_COLOR`` is set; plain elsewhere."""
+
+    _STYLES: Final[Mapping[str, str]] = {
+        "heading": "1",
+        "request": "32",
+        "reply": "36",
+        "event": "33",
+        "good": "1;32",
+        "faint": "2",
+    }
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """Write a line, or several."""
+        if self._colour and style is not None:
+            text = f"\x1b[{self._STYLES[style]}m{text}\x1b[0m"
+        print(text, file=self._stream, flush=True)
+
+    def heading(self, text: str) -> None:
+        """Begin a part."""
+        self.say()
+        self.say(text, "heading")
+
+    def message(self, arrow: str, message: Mapping[str, Any], style: str) -> None:
+        """Show a message of the protocol, indented if it is long."""
+        text = json.dumps(message)
+        if len(text) > 160:
+            text = json.dumps(message, indent=2)
+        self.say(f"{arrow} " + text.replace("\n", "\n   "), style)
+
+    def good(self, text: str) -> None:
+        """Show what was checked and is as it should be."""
+        self.say(f"ok {text}", "good")
+
+
+def draw_graph(graph: Mapping[str, Any]) -> list[str]:
+    """Draw the reply of ``x-debug-query-block-graph`` as text, parents above their children."""
+    names = {node["id"]: node["name"] for node in graph["nodes"]}
+    children = {edge["child"] for edge in graph["edges"]}
+    lines: list[str] = []
+
+    def draw(node: object, indent: str) -> None:
+        below = [edge for edge in graph["edges"] if edge["parent"] == node]
+        for index, edge in enumerate(below):
+            last = index == len(below) - 1
+            permissions = ", ".join(edge["perm"]) or "nothing"
+            branch = "└── " if last else "├── "
+            lines.append(f"{indent}{branch}{edge['name']}: {names[edge['child']]}  ({permissions})")
+            draw(edge["child"], indent + ("    " if last else "│   "))
+
+    for node in graph["nodes"]:
+        if node["id"] not in children:
+            lines.append(node["name"])
+            draw(node["id"], "")
+    return lines
+
+
+# --- the play --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Demo:
+    """One performance.
+
+    :param directory: for the files and the socket; empty.
+    :param size: of the payload, in bytes.
+    :param program: the daemon, to which the monitor's options are added.
+    """
+
+    directory: Path
+    size: int
+    screen: Screen
+    program: Sequence[str] = (sys.executable, "-m", "qmpd")
+    _client: QMPClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.header = self.directory / "header.img"
+        self.payload = self.directory / "payload.raw"
+        self._stdout = self.directory / "daemon.stdout"
+
+    async def play(self) -> None:
+        """Play it from beginning to end.
+
+        :raise DemoError: something is not as it should be.
+        """
+        self._make_files()
+        async with self._daemon() as process:
+            await self._make_header()
+            await self._plug()
+            await self._use()
+            await self._show_graph()
+            await self._unplug()
+            await self._quit(process)
+        self._check_files()
+        self._ask_others()
+        self.screen.say()
+        self.screen.say("Everything is as it should be.", "good")
+
+    def _make_files(self) -> None:
+        self.screen.heading(f"An empty header file and a sparse payload of {self.size >> 20} MiB")
+        self.header.touch(mode=0o600)
+        self.payload.touch(mode=0o600)
+        os.truncate(self.payload, self.size)
+        self.screen.say(f"   {self.header}")
+        self.screen.say(f"   {self.payload}")
+
+    @asynccontextmanager
+    async def _daemon(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Run the daemon with a client connected to it; it is gone afterwards, however this ends."""
+        path = self.directory / "qmp.sock"
+        socket = f"socket,id=mon,path={str(path).replace(',', ',,')},server=on,wait=off"
+        command = [*self.program, "--chardev", socket, "--monitor", "chardev=mon"]
+        self.screen.heading("The daemon")
+        self.screen.say("   qmpd " + " ".join(command[len(self.program) :]), "request")
+        with self._stdout.open("wb") as stdout:
+            process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.DEVNULL, stdout=stdout)
+        try:
+            self._client = await self._connect(path, process)
+            self.screen.message("<-", self._greeting(), "reply")
+            try:
+                yield process
+            finally:
+                await self._client.disconnect()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    async def _connect(self, path: Path, process: asyncio.subprocess.Process) -> QMPClient:
+        for _ in range(round(PATIENCE * 100)):
+            if process.returncode is not None:
+                raise DemoError(f"the daemon ended with status {process.returncode} before it listened")
+            if path.is_socket():
+                client = QMPClient("demo")
+                await client.connect(str(path))
+                return client
+            await asyncio.sleep(0.01)
+        raise DemoError(f"the daemon did not listen on {path} within {PATIENCE:g} seconds")
+
+    def _greeting(self) -> dict[str, Any]:
+        greeting = self._client.greeting
+        if greeting is None:
+            raise DemoError("the daemon sent no greeting")
+        return greeting._asdict()
+
+    async def _execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Send a command, show it and its reply, and return what it returned.
+
+        :raise DemoError: it was refused.
+        """
+        request: dict[str, Any] = {"execute": command}
+        if arguments is not None:
+            request["arguments"] = dict(arguments)
+        self.screen.message("->", request, "request")
+        try:
+            returned = await asyncio.wait_for(
+                self._client.execute(command, request.get("arguments")), PATIENCE
+            )
+        except ExecuteError as error:
+            raise DemoError(f"{command} was refused: {error}") from error
+        self.screen.message("<-", {"return": returned}, "reply")
+        return returned
+
+    async def _wait_event(self, listener: EventListener, **data: str) -> None:
+        """Show events up to the one with this data."""
+        while True:
+            event = await asyncio.wait_for(listener.get(), PATIENCE)
+            self.screen.message("<-", event, "event")
+            if data.items() <= event["data"].items():
+                return
+
+    async def _make_header(self) -> None:
+        self.screen.heading("The key, and a node for the header: storage, and a format above it")
+        await self._execute("object-add", {"qom-type": "secret", "id": SECRET, "data": PASSPHRASE})
+        await self._execute(
+            "blockdev-add", {"node-name": HEADER_STORAGE, "driver": "file", "filename": str(self.header)}
+        )
+        await self._execute(
+            "blockdev-add", {"node-name": HEADER_FORMAT, "driver": "raw", "file": HEADER_STORAGE}
+        )
+
+        self.screen.heading("A LUKS header is made, as a job (few iterations, so that it takes no time)")
+        options = {"driver": "luks", "header": HEADER_FORMAT, "key-secret": SECRET, "iter-time": 10}
+        with self._client.listener("JOB_STATUS_CHANGE") as listener:
+            await self._execute("blockdev-create", {"job-id": "create0", "options": options})
+            await self._wait_event(listener, id="create0", status="concluded")
+        for job in await self._execute("query-jobs"):
+            if "error" in job:
+                raise DemoError(f"the header could not be made: {job['error']}")
+        await self._execute("job-dismiss", {"id": "create0"})
+
+    async def _plug(self) -> None:
+        self.screen.heading("The payload, the encrypted disk, and the device")
+        await self._execute(
+            "blockdev-add", {"node-name": PAYLOAD_STORAGE, "driver": "file", "filename": str(self.payload)}
+        )
+        disk = {"driver": "luks", "file": PAYLOAD_STORAGE, "header": HEADER_FORMAT, "key-secret": SECRET}
+        await self._execute("blockdev-add", {"node-name": DISK, **disk})
+        device = {"driver": "virtio-blk-pci", "num-queues": "1", "scsi": "off", "drive": DISK, "id": DEVICE}
+        await self._execute("device_add", device)
+        (block,) = [
+            block for block in await self._execute("query-block") if DEVICE in block.get("qdev", "")
+        ] or [None]
+        self._check(
+            block is not None and block["inserted"]["image"]["virtual-size"] == self.size,
+            f"the device is a disk of {self.size} bytes",
+        )
+
+    async def _use(self) -> None:
+        self.screen.heading("Data goes through the device (what qemu-io prints goes to the daemon's output)")
+        for command, printed in (
+            (f"write -P {PATTERN:#x} {OFFSET} {LENGTH}", f"wrote {LENGTH}/{LENGTH} bytes at offset {OFFSET}"),
+            ("flush", ""),
+            (f"read -P {PATTERN:#x} {OFFSET} {LENGTH}", f"read {LENGTH}/{LENGTH} bytes at offset {OFFSET}"),
+        ):
+            before = self._stdout.stat().st_size
+            target = f"/machine/peripheral/{DEVICE}/virtio-backend"
+            line = f'qemu-io -d {target} "{command}"'
+            reply = await self._execute("human-monitor-command", {"command-line": line})
+            with self._stdout.open("rb") as stdout:
+                stdout.seek(before)
+                output = stdout.read().decode()
+            for shown in output.splitlines():
+                self.screen.say(f"   {shown}", "faint")
+            if reply or "failed" in output or printed not in output:
+                raise DemoError(f"qemu-io {command}: {reply or output or 'nothing was printed'}")
+        self.screen.good(f"{LENGTH} bytes came back as they were written")
+
+    async def _show_graph(self) -> None:
+        self.screen.heading("The graph")
+        graph = await self._execute("x-debug-query-block-graph")
+        for line in draw_graph(graph):
+            self.screen.say(f"   {line}")
+        names = {node["id"]: node["name"] for node in graph["nodes"]}
+        edges = {(names[edge["parent"]], edge["name"], names[edge["child"]]) for edge in graph["edges"]}
+        wanted = {
+            (DISK, "file", PAYLOAD_STORAGE),
+            (DISK, "header", HEADER_FORMAT),
+            (HEADER_FORMAT, "file", HEADER_STORAGE),
+        }
+        self._check(wanted <= edges, "the disk stands on its payload and on its header")
+
+    async def _unplug(self) -> None:
+        self.screen.heading("And back again")
+        with self._client.listener("DEVICE_DELETED") as listener:
+            await self._execute("device_del", {"id": DEVICE})
+            await self._wait_event(listener, device=DEVICE)
+        for node in (DISK, PAYLOAD_STORAGE, HEADER_FORMAT, HEADER_STORAGE):
+            await self._execute("blockdev-del", {"node-name": node})
+        await self._execute("object-del", {"id": SECRET})
+        self._check(not await self._execute("query-named-block-nodes"), "no node is left")
+
+    async def _quit(self, process: asyncio.subprocess.Process) -> None:
+        await self._execute("quit")
+        status = await asyncio.wait_for(process.wait(), PATIENCE)
+        self._check(status == 0, "the daemon ended with status 0")
+        self._check(not (self.directory / "qmp.sock").exists(), "its socket is gone")
+
+    # --- the files, from outside
+
+    def _check_files(self) -> None:
+        self.screen.heading("The files, seen from outside")
+        self._check(
+            self.header.read_bytes().startswith(LUKS_MAGIC), "the header file begins with a LUKS header"
+        )
+        pattern = bytes([PATTERN]) * 16
+        held = 0
+        with self.payload.open("rb") as payload:
+            for start, end in _extents(payload.fileno(), self.size):
+                # The payload is sparse: what was never written is a hole, and not read.
+                data = os.pread(payload.fileno(), end - start, start)
+                held += len(data)
+                self._check_not(LUKS_MAGIC in data, f"the payload holds a LUKS header after byte {start}")
+                self._check_not(pattern in data, f"the payload holds plaintext after byte {start}")
+            written = os.pread(payload.fileno(), LENGTH, OFFSET)
+        self._check(os.stat(self.payload).st_size == self.size, "the payload has the size that it had")
+        self._check(
+            len(set(written)) == 256,
+            f"bytes {OFFSET} to {OFFSET + LENGTH} of the payload look like noise",
+        )
+        self._check(
+            held < self.size, f"the payload holds {held} bytes, with no header and no plaintext in them"
+        )
+
+    def _ask_others(self) -> None:
+        """Open header and payload with other programs, those that are there."""
+        self.screen.heading("Other programs")
+        key = self.directory / "passphrase"
+        key.touch(mode=0o600)
+        key.write_text(PASSPHRASE)
+        image = f"driver=luks,key-secret=key,file.driver=file,file.filename={self.payload}"
+        image += f",header.driver=file,header.filename={self.header}"
+        secret = f"secret,id=key,file={key}"
+        read = f"read -P {PATTERN:#x} {OFFSET} {LENGTH}"
+        # --master-key-file and mappings need privileges; a test of the passphrase needs none.
+        for command, oldest in (
+            (["cryptsetup", "luksDump", str(self.header)], ""),
+            (
+                ["cryptsetup", "open", "--test-passphrase", "--type", "luks1", "--key-file", str(key)]
+                + ["--header", str(self.header), str(self.payload)],
+                "",
+            ),
+            (["qemu-img", "info", "--object", secret, "--image-opts", image], "9.0"),
+            (["qemu-io", "--object", secret, "--image-opts", image, "-c", read], "9.0"),
+        ):
+            self._ask(command, oldest)
+
+    def _ask(self, command: Sequence[str], oldest: str) -> None:
+        """Run another program, unless it is missing or older than it may be."""
+        program = shutil.which(command[0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        if program is None:
+            self.screen.say(f"-- {command[0]} is not installed: not asked", "faint")
+            return
+        if oldest and _version(program) < _numbers(oldest):
+            self.screen.say(f"-- {command[0]} is older than {oldest}: not asked", "faint")
+            return
+        result = subprocess.run(
+            [program, *command[1:]], capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        output = result.stdout + result.stderr
+        if result.returncode or "Pattern verification failed" in output:
+            raise DemoError(f"{command[0]} {command[1]}: {output}")
+        self.screen.good(" ".join(command[:2]).replace(" --object", ""))
+
+    def _check(self, holds: bool, promise: str) -> None:
+        if not holds:
+            raise DemoError(f"not as it should be: {promise}")
+        self.screen.good(promise)
+
+    def _check_not(self, holds: bool, problem: str) -> None:
+        if holds:
+            raise DemoError(problem)
+
+
+def _extents(descriptor: int, size: int) -> list[tuple[int, int]]:
+    """Return the parts of a sparse file that hold data, as (start, end) in bytes."""
+    extents = []
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            break
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        extents.append((start, end))
+    return extents
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"[0-9]+", text))
+
+
+def _version(program: str) -> tuple[int, ...]:
+    """Return the version that a QEMU program prints."""
+    output = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"version ([0-9.]+)", output)
+    return _numbers(found[1]) if found else ()

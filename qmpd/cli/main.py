@@ -1,0 +1,203 @@
+"""The program ``qmpd``: from the command line to a running daemon, and its exit status.
+
+The arguments are read twice, as qemu-storage-daemon does: once for what does
+not exist, ``--help``, ``--version`` and ``--daemonize``; then, in the order
+given, to make what they ask for, so that everything an option refers to has to
+stand before it.  Whatever is wrong ends the program with status 1 and one line
+on standard error that names the option.
+
+Importing this is cheap on purpose: the daemon and its dependencies are only
+imported once a daemon is to be started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Final
+
+from qmpd import __version__
+from qmpd.cli import options
+from qmpd.cli.options import Answered, Option, naming
+from qmpd.errors import Error
+
+PROGRAM: Final = "qmpd"
+
+#: Commands beside the daemon, and the modules whose ``run(arguments) -> int`` they are.
+SUBCOMMANDS: Final[Mapping[str, str]] = {
+    "check": "qmpd.cli.check",
+    "demo": "qmpd.cli.demo",
+    "schema": "qmpd.cli.schema",
+}
+
+HELP: Final = """\
+Usage: qmpd [OPTION]...
+       qmpd demo | schema | check FILE
+
+A storage daemon that speaks QMP.  Options are taken in the order given, in
+the spelling of qemu-storage-daemon: VALUE is key=value,... with commas doubled
+inside values, or a JSON object.
+
+Monitors, where clients connect:
+  --qmp unix:PATH,server=on,wait=off
+  --qmp tcp:HOST:PORT,server=on,wait=off
+  --qmp stdio              a QMP monitor, in one option
+  --chardev socket,id=ID,path=PATH | host=HOST,port=PORT | fd=FD
+            [,server=on|off][,wait=on|off][,abstract=on|off]
+            [,mode=OCTAL][,users=NAME:...][,groups=NAME:...]
+                           a UNIX or TCP socket, or an inherited descriptor;
+                           users and groups say who may connect to a UNIX
+                           socket, mode who may open it (default: 0600)
+  --chardev stdio,id=ID    standard input and output
+  --monitor [chardev=]ID[,mode=control][,pretty=on|off]
+                           speak QMP on that character device
+
+What the daemon starts with:
+  --object TYPE,id=ID[,PROPERTY=VALUE]...
+                           an object; `--object help' lists the types,
+                           `--object TYPE,help' their properties
+  --blockdev DRIVER,node-name=NAME[,OPTION=VALUE]...
+                           a block node
+  --device DRIVER[,id=ID][,PROPERTY=VALUE]...
+                           a device that uses a block node
+
+The process:
+  --pidfile PATH           write the process id to PATH; removed on exit
+  --daemonize              go to the background once everything is ready
+  --log LEVEL              error, warning (default), info or debug
+  --loop LOOP              auto (default), uvloop or asyncio
+  -T, --trace VALUE        accepted; there are no trace events
+  -h, --help               show this and exit
+  -V, --version            show the version and exit
+
+Other commands:
+  qmpd demo                plug an encrypted disk with a detached header, with
+                           every request and reply shown
+  qmpd schema              print the wire types as JSON Schema
+  qmpd check FILE          check QMP commands without running them
+
+Sockets passed by systemd become monitors by themselves.
+
+Examples:
+  qmpd --qmp unix:/run/qmpd.sock,server=on,wait=off
+
+  qmpd --object secret,id=key0,file=/etc/keys/disk0 \\
+       --blockdev file,node-name=header,filename=/vol1/header.img \\
+       --blockdev file,node-name=payload,filename=/vol2/payload.raw \\
+       --blockdev luks,node-name=disk0,file=payload,header=header,\\
+key-secret=key0 \\
+       --chardev socket,id=mon,path=/run/qmpd.sock,server=on,wait=off \\
+       --monitor chardev=mon --pidfile /run/qmpd.pid --daemonize
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    :param arguments: without the program's name; those of the process if None.
+    :return: the exit status: 0, or 1 after one line on standard error.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments and arguments[0] in SUBCOMMANDS:
+            status: int = import_module(SUBCOMMANDS[arguments[0]]).run(arguments[1:])
+            return status
+        return _run_daemon(_first_pass(arguments))
+    except Answered as answer:
+        print(answer, flush=True)
+        return 0
+    except Error as error:
+        return _failed(str(error))
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _failed(reason: str) -> int:
+    # One line, whatever a file name or a JSON text may hold.
+    line = "\\n".join(reason.splitlines())
+    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _first_pass(arguments: Sequence[str]) -> list[Option]:
+    """Return the options, all of which exist.
+
+    :raise Answered: ``--help`` and ``--version`` come before whatever is wrong behind them.
+    """
+    found = []
+    for option in options.scan(arguments):
+        if option.name == "help":
+            raise Answered(HELP.rstrip("\n"))
+        if option.name == "version":
+            raise Answered(f"{PROGRAM} version {__version__}")
+        found.append(option)
+    return found
+
+
+@dataclass
+class Settings:
+    """What the options say about the process itself."""
+
+    pid_file: str | None = None
+    log_level: str = "warning"
+    loop: str = "auto"
+    daemonize: bool = False
+
+
+_LOG_LEVELS: Final = ("error", "warning", "info", "debug")
+_LOOPS: Final = ("auto", "uvloop", "asyncio")
+
+
+def _settings(found: Sequence[Option]) -> Settings:
+    settings = Settings()
+    for option in found:
+        with naming(option):
+            match option.name:
+                case "pidfile":
+                    settings.pid_file = option.value
+                case "daemonize":
+                    settings.daemonize = True
+                case "log":
+                    settings.log_level = _one_of(_LOG_LEVELS, option.value)
+                case "loop":
+                    settings.loop = _one_of(_LOOPS, option.value)
+    return settings
+
+
+def _one_of(choice: Sequence[str], value: str) -> str:
+    if value not in choice:
+        raise Error(f"'{value}' is none of {', '.join(choice)}")
+    return value
+
+
+def _run_daemon(found: Sequence[Option]) -> int:
+    # Imported here for the sake of --version: see the head of this file.
+    from qmpd.cli.daemonize import Daemonization, forbid_core_dumps
+    from qmpd.cli.systemd import Notifier, passed_sockets
+
+    settings = _settings(found)
+    # The process that systemd started has to ask for its sockets, and a fork has to come before the import of
+    # libraries that start threads.
+    sockets = passed_sockets(os.environ)
+    background = Daemonization.begin() if settings.daemonize else None
+    forbid_core_dumps()
+
+    from qmpd.cli.serve import serve
+
+    serve(
+        found,
+        pid_file=settings.pid_file,
+        log_level=settings.log_level,
+        loop=settings.loop,
+        sockets=sockets,
+        notifier=Notifier(os.environ),
+        background=background,
+    )
+    return 0

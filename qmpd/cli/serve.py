@@ -1,0 +1,137 @@
+"""A daemon's life as a process: event loop, signals, pid file, and word to whoever waits for it.
+
+SIGTERM, SIGINT and SIGHUP end a running daemon as ``quit`` does, with status
+0; one that is still starting (it may be waiting for a client, ``wait=on``)
+gives up at once.  Either way sockets and the pid file are removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+
+from qmpd.cli.daemonize import Daemonization, PidFile
+from qmpd.cli.options import Option
+from qmpd.cli.start import Start
+from qmpd.cli.systemd import Notifier, PassedSocket
+from qmpd.daemon import Daemon
+from qmpd.errors import Error
+
+
+def serve(
+    found: Sequence[Option],
+    *,
+    pid_file: str | None,
+    log_level: str,
+    loop: str,
+    sockets: Sequence[PassedSocket],
+    notifier: Notifier,
+    background: Daemonization | None,
+) -> None:
+    """Start a daemon, say that it is ready, and return when it has ended.
+
+    :param found: what to start with, in order.
+    :param pid_file: where to write the process id once everything is ready; None for nowhere.
+    :param log_level: the least that is logged: error, warning, info or debug.
+    :param loop: the event loop: auto, uvloop or asyncio.
+    :param sockets: passed by systemd, to be served too.
+    :param notifier: told when the daemon is ready and when it stops.
+    :param background: completed when the daemon is ready; None in the foreground.
+    :raise Error: it could not be started.
+    :raise Answered: an option was a question.
+    """
+    logging.basicConfig(level=log_level.upper(), format="qmpd: %(levelname)s: %(message)s", stream=sys.stderr)
+    # Python ignores it too, unless whoever started us had other ideas.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+        runner.run(_live(found, pid_file, sockets, notifier, background))
+
+
+def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the event loop; None is asyncio's own.
+
+    :raise Error: uvloop is asked for and not installed.
+    """
+    if loop == "asyncio":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        if loop == "uvloop":
+            raise Error("--loop uvloop: uvloop is not installed") from None
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+async def _live(
+    found: Sequence[Option],
+    pid_path: str | None,
+    sockets: Sequence[PassedSocket],
+    notifier: Notifier,
+    background: Daemonization | None,
+) -> None:
+    daemon = Daemon()
+    ending = _Ending(daemon)
+    pid_file: PidFile | None = None
+    try:
+        await ending.interruptible(Start(daemon, background is not None).run(found, sockets))
+        if ending.wanted:
+            return
+        if pid_path is not None:
+            pid_file = PidFile(pid_path)
+        if background is not None:
+            background.complete()
+        notifier.send("READY=1", "STATUS=Serving QMP", f"MAINPID={os.getpid()}")
+        watchdog = asyncio.create_task(_feed_watchdog(notifier))
+        try:
+            await daemon.run()
+        finally:
+            watchdog.cancel()
+            notifier.send("STOPPING=1", "STATUS=Closing")
+    finally:
+        await daemon.close()
+        if pid_file is not None:
+            pid_file.remove()
+
+
+class _Ending:
+    """What the signals do, from here to the loop's end: a second one must not cut the closing short."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._starting: asyncio.Task[None] | None = None
+        #: Whether a signal came.
+        self.wanted = False
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._end)
+
+    def _end(self) -> None:
+        self.wanted = True
+        if self._starting is not None:
+            self._starting.cancel()
+        else:
+            self._daemon.quit()
+
+    async def interruptible(self, start: Coroutine[object, object, None]) -> None:
+        """Wait for the start's end, or for a signal."""
+        self._starting = asyncio.create_task(start)
+        try:
+            await self._starting
+        except asyncio.CancelledError:
+            if not self.wanted:
+                raise
+        finally:
+            self._starting = None
+
+
+async def _feed_watchdog(notifier: Notifier) -> None:
+    """Tell systemd, as often as it wants to hear it, that the event loop turns."""
+    while notifier.watchdog_interval is not None:
+        notifier.send("WATCHDOG=1")
+        await asyncio.sleep(notifier.watchdog_interval)

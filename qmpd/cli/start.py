@@ -1,0 +1,183 @@
+"""From options to what they ask for: objects, nodes, devices, character devices, monitors.
+
+:class:`Start` gives a daemon, one option after the other, what the command
+line describes.  The schema reads the typed options; what QEMU has a dialect of
+its own for is read by :mod:`qmpd.cli.chardev_options`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from qmpd.cli import chardev_options
+from qmpd.cli.options import Answered, Option, naming
+from qmpd.errors import Error
+from qmpd.monitor.chardev import ChardevConfig
+from qmpd.qapi import HelpRequested, Schema, keyval
+from qmpd.qapi.json_dialect import parse_json
+from qmpd.qapi.types import BuiltinType, EnumType, ObjectType
+
+if TYPE_CHECKING:
+    from qmpd.cli.systemd import PassedSocket
+    from qmpd.daemon import Daemon
+
+
+@dataclass
+class Start:
+    """Makes what the options ask for, in their order.
+
+    :param daemon: what it is made in.
+    :param daemonize: the process is on its way into the background.
+    """
+
+    daemon: Daemon
+    daemonize: bool = False
+    _shortcuts: int = field(default=0, init=False)
+    _descriptors: set[int] = field(default_factory=set, init=False)
+    _identifiers: set[str] = field(default_factory=set, init=False)
+
+    async def run(self, found: Sequence[Option], sockets: Sequence[PassedSocket] = ()) -> None:
+        """Apply every option, then serve the sockets that systemd passed and no option has taken.
+
+        :raise Error: with the option in front.
+        :raise Answered: an option asked for help.
+        """
+        for option in found:
+            with naming(option):
+                action = _ACTIONS.get(option.name)
+                if action is not None:
+                    await action(self, option)
+        for index, passed in enumerate(sockets):
+            if passed.descriptor not in self._descriptors:
+                await self._add_passed_socket(index, passed)
+
+    @property
+    def _schema(self) -> Schema:
+        return self.daemon.schema
+
+    async def _add_passed_socket(self, index: int, passed: PassedSocket) -> None:
+        identifier = passed.name
+        if not chardev_options.is_identifier(identifier) or identifier in self._identifiers:
+            identifier = f"systemd{index}"
+        config = ChardevConfig(id=identifier, kind="socket", fd=passed.descriptor, server=True, wait=False)
+        await self._add_chardev(config)
+        await self.daemon.add_monitor(identifier, False)
+
+    async def _object(self, option: Option) -> None:
+        try:
+            arguments = self._schema.from_option("ObjectOptions", option.value, "qom-type")
+        except HelpRequested as request:
+            raise Answered(_object_help(self._schema, request.options.get("qom-type"))) from None
+        await self.daemon.add_object(arguments)
+
+    async def _blockdev(self, option: Option) -> None:
+        arguments = self._schema.from_option("BlockdevOptions", option.value, "driver")
+        await self.daemon.add_blockdev(arguments)
+
+    async def _device(self, option: Option) -> None:
+        if option.value.startswith("{"):
+            arguments: dict[str, Any] = parse_json(option.value)
+        else:
+            try:
+                arguments = chardev_options.parse_settings(option.value, None, "driver")
+            except chardev_options.HelpRequested:
+                raise Error("Help is not available for this option") from None
+        if "driver" not in arguments:
+            raise Error("Parameter 'driver' is missing")
+        await self.daemon.add_device(arguments)
+
+    async def _chardev(self, option: Option) -> None:
+        try:
+            config = chardev_options.chardev_config(option.value)
+        except chardev_options.HelpRequested:
+            kinds = "".join(f"\n  {kind}" for kind in chardev_options.CHARDEV_KINDS)
+            raise Answered(f"Available chardev backend types:{kinds}") from None
+        await self._add_chardev(config)
+
+    async def _qmp(self, option: Option) -> None:
+        config = chardev_options.monitor_shortcut(option.value, self._shortcuts)
+        self._shortcuts += 1
+        await self._add_chardev(config)
+        await self.daemon.add_monitor(config.id, False)
+
+    async def _add_chardev(self, config: ChardevConfig) -> None:
+        if self.daemonize:
+            if config.kind == "stdio":
+                raise Error("cannot use stdio with -daemonize")
+            if config.path is not None and not config.path.startswith("\0"):
+                # The working directory is about to change, and the socket has to be removed later.
+                config = replace(config, path=os.path.abspath(config.path))
+        if config.fd is not None:
+            self._descriptors.add(config.fd)
+        self._identifiers.add(config.id)
+        await self.daemon.add_chardev(config)
+
+    async def _monitor(self, option: Option) -> None:
+        arguments = self._schema.from_option("MonitorOptions", option.value, "chardev")
+        await self.daemon.add_monitor(arguments["chardev"], arguments.get("pretty", False))
+        if arguments.get("mode") == "readline":
+            raise Error("Only QMP is supported")
+
+    async def _trace(self, option: Option) -> None:
+        known = dict.fromkeys(("enable", "events", "file"), chardev_options.Kind.TEXT)
+        try:
+            settings = chardev_options.parse_settings(option.value, known, "enable")
+        except chardev_options.HelpRequested:
+            raise Answered("There are no trace events.") from None
+        if event := settings.get("enable"):
+            # A warning and no error: it is what qemu-storage-daemon says of an event that it does not have.
+            warning = f"warning: trace event '{event}' does not exist"
+            print(f"qmpd: {option.text}: {warning}", file=sys.stderr, flush=True)
+
+    async def _nbd_server(self, option: Option) -> NoReturn:
+        raise Error("NBD servers are not available in this version of qmpd")
+
+    async def _export(self, option: Option) -> NoReturn:
+        is_json = option.value.startswith("{")
+        arguments = parse_json(option.value) if is_json else keyval.parse(option.value, "type")
+        if arguments.get("type") == "nbd":
+            # True whatever stands before it, and what qemu-storage-daemon says without --nbd-server.
+            raise Error("NBD server not running")
+        raise Error("exports are not available in this version of qmpd")
+
+    async def _unexpected(self, option: Option) -> NoReturn:
+        raise Error("Unexpected argument")
+
+
+_ACTIONS: Final[Mapping[str, Callable[[Start, Option], Awaitable[None]]]] = {
+    "": Start._unexpected,
+    "blockdev": Start._blockdev,
+    "chardev": Start._chardev,
+    "device": Start._device,
+    "export": Start._export,
+    "monitor": Start._monitor,
+    "nbd-server": Start._nbd_server,
+    "object": Start._object,
+    "qmp": Start._qmp,
+    "trace": Start._trace,
+}
+
+
+def _object_help(schema: Schema, type_name: object) -> str:
+    """Return the list of object types, or of one type's properties if there is such a type."""
+    options_type = schema.types["ObjectOptions"]
+    assert isinstance(options_type, ObjectType), "object-add takes an object"
+    if isinstance(type_name, str) and type_name in options_type.branches:
+        properties = schema.types[options_type.branches[type_name]]
+        assert isinstance(properties, ObjectType), "a branch of a union is an object"
+        lines = sorted(
+            f"  {member.name}=<{_type_name(schema, member.type)}>" for member in properties.members
+        )
+        return "\n".join([f"{type_name} options:", *lines])
+    kinds = schema.types["ObjectType"]
+    assert isinstance(kinds, EnumType), "ObjectType is an enum"
+    return "\n".join(["List of user creatable objects:", *(f"  {value.name}" for value in kinds.values)])
+
+
+def _type_name(schema: Schema, name: str) -> str:
+    described = schema.types[name]
+    return described.json_type if isinstance(described, BuiltinType) else described.name

@@ -1,0 +1,245 @@
+"""Secrets: passphrases and keys under an id.
+
+A secret's text comes inline or from a file, may be base64, and may be
+encrypted with AES-256-CBC under another secret (that is how libvirt passes
+them: one master key in a file, everything else as ciphertext under it).  The
+bytes are worked out once, when the object is made, and live in one buffer that
+is wiped when the object goes.  Nothing here shows them: not `repr`, not an
+error, not `qom-get` of ``data``, which is always empty (QEMU gives inline data
+back).  What a client sent as ``data`` is a Python string that went through the
+JSON reader before; it can't be wiped, so a ``file`` is the better way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from qmpd.errors import Error
+from qmpd.qom.user_creatable import UserCreatable
+
+if TYPE_CHECKING:
+    from qmpd.qom.tree import ObjectTree
+
+#: A file with a secret may have at most this many bytes (cryptsetup's bound for a key
+#: file).  QEMU has none; this one keeps a wrong file name from filling the memory.
+FILE_MAX: Final = 8 << 20
+
+_KEY_BYTES: Final = 32
+_BLOCK_BYTES: Final = 16
+
+_BASE64: Final = re.compile(rb"[A-Za-z0-9+/=\n]*")
+_ORDINARY: Final = re.compile(rb"[^=]*={0,2}")
+_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_DIGITS: Final[Mapping[int, int]] = {ord("="): 0} | {digit: rank for rank, digit in enumerate(_ALPHABET)}
+
+#: An inherited or passed descriptor: the one kind of path where waiting for a writer is meant.
+_DESCRIPTOR_PATH: Final = re.compile(r"/dev/fd/[0-9]+|/proc/self/fd/[0-9]+|/dev/stdin")
+
+
+class Secret(UserCreatable):
+    """The object type "secret"."""
+
+    type_name = "secret"
+    struct = "SecretProperties"
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._file: str = options.get("file", "")
+        self._format: str = options.get("format", "raw")
+        self._keyid: str = options.get("keyid", "")
+        self._iv: str = options.get("iv", "")
+        self._value: bytearray | None = None
+
+    async def complete(self, options: Mapping[str, Any], tree: ObjectTree) -> None:
+        """Load the value.
+
+        :raise Error: if it can't be read, decoded or decrypted.
+        """
+        if "data" in options and "file" in options:
+            raise Error("'file' and 'data' are mutually exclusive")
+        if "file" in options:
+            # The tree is open to other clients while the file is read: the id is taken already.
+            value = await asyncio.to_thread(read_file, options["file"])
+        elif "data" in options:
+            value = bytearray(options["data"].encode(errors="surrogateescape"))
+        else:
+            raise Error("Either 'file' or 'data' must be provided")
+        try:
+            if "keyid" in options:
+                decrypted = _decrypt(value, self._format, options, tree.raw_secret)
+                wipe(value)
+                value = decrypted
+            elif self._format == "base64":
+                decoded = decode_base64(value)
+                wipe(value)
+                value = decoded
+        except BaseException:
+            wipe(value)
+            raise
+        self._value = value
+
+    def value(self) -> bytearray:
+        """A copy of the bytes, for the caller to use and to wipe.
+
+        :raise Error: while they are still being loaded.
+        """
+        if self._value is None:
+            raise Error(f"Secret with id '{self.name}' has no data")
+        return bytearray(self._value)
+
+    def removed(self) -> None:
+        """Wipe the bytes."""
+        if self._value is not None:
+            wipe(self._value)
+            self._value = None
+
+    def get(self, name: str) -> Any:
+        """The value of a property; ``data`` is empty for everybody."""
+        return {
+            "data": "",
+            "file": self._file,
+            "format": self._format,
+            "keyid": self._keyid,
+            "iv": self._iv,
+        }[name]
+
+    def set(self, name: str, value: Any) -> None:
+        """Set a property.  As in QEMU the bytes stay what they were when the object was made."""
+        if name != "data":
+            setattr(self, f"_{name}", value)
+
+
+def wipe(buffer: bytearray) -> None:
+    """Overwrite a buffer with zeroes."""
+    buffer[:] = bytes(len(buffer))
+
+
+def read_file(path: str) -> bytearray:
+    """What is in the file `path`.
+
+    :raise Error: in GLib's words if it can't be opened or read.
+    """
+    if "\0" in path:
+        # The rest would be cut off by the system call, and another file be read.
+        raise Error(f"Unable to read {path}: a file name can't hold a NUL character")
+    descriptor = -1
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISFIFO(mode):
+            if not _DESCRIPTOR_PATH.fullmatch(path):
+                # Nobody may ever write into it, and then the thread would never come back.
+                raise Error(f"Unable to read {path}: a FIFO is only taken as a passed descriptor (/dev/fd/N)")
+            os.set_blocking(descriptor, True)
+        return _read_all(descriptor, path)
+    except OSError as error:
+        what = "Failed to open file" if descriptor < 0 else "Error reading file"
+        raise Error(f"Unable to read {path}: {what} “{path}”: {os.strerror(error.errno or 0)}") from None
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _read_all(descriptor: int, path: str) -> bytearray:
+    value = bytearray()
+    try:
+        while piece := os.read(descriptor, 1 << 16):
+            value += piece
+            if len(value) > FILE_MAX:
+                raise Error(f"Unable to read {path}: file is larger than {FILE_MAX >> 20} MiB")
+    except BaseException:
+        wipe(value)
+        raise
+    return value
+
+
+def decode_base64(text: bytes | bytearray) -> bytearray:
+    """Decode base64 as leniently as QEMU (that is, GLib) does.
+
+    Line feeds are skipped.  Four characters make three bytes, less one for
+    each "=" among the last two of the four; "=" counts as a zero anywhere
+    else, and up to three characters at the end that do not fill a group
+    are dropped.
+
+    :raise Error: on any other character.
+    """
+    if not _BASE64.fullmatch(text):
+        raise Error("Base64 data contains invalid characters")
+    characters = bytearray(text).replace(b"\n", b"")
+    del characters[len(characters) // 4 * 4 :]
+    if _ORDINARY.fullmatch(characters):
+        return bytearray(binascii.a2b_base64(characters))
+    decoded = bytearray()
+    for start in range(0, len(characters), 4):
+        group = characters[start : start + 4]
+        bits = 0
+        for character in group:
+            bits = bits << 6 | _DIGITS[character]
+        decoded.append(bits >> 16)
+        if group[2] != ord("="):
+            decoded.append(bits >> 8 & 0xFF)
+        if group[3] != ord("="):
+            decoded.append(bits & 0xFF)
+    return decoded
+
+
+def _decrypt(
+    value: bytearray, format_: str, options: Mapping[str, Any], keys: Callable[[str], bytearray]
+) -> bytearray:
+    """The plain text of an encrypted secret.
+
+    :param value: the ciphertext, in base64 if `format_` says so.
+    :param keys: gives the bytes of the master key's id.
+    :raise Error: if any part is missing or of a wrong size.
+    """
+    key = keys(options["keyid"])
+    try:
+        if len(key) != _KEY_BYTES:
+            raise Error(f"Key should be {_KEY_BYTES} bytes in length")
+        if "iv" not in options:
+            raise Error("IV is required to decrypt secret")
+        initial = decode_base64(options["iv"].encode(errors="surrogateescape"))
+        if len(initial) != _BLOCK_BYTES:
+            raise Error(f"IV should be {_BLOCK_BYTES} bytes in length not {len(initial)}")
+        text = decode_base64(value) if format_ == "base64" else value
+        if len(text) % _BLOCK_BYTES:
+            raise Error(f"Length {len(text)} must be a multiple of block size {_BLOCK_BYTES}")
+        plain = bytearray(len(text) + _BLOCK_BYTES - 1)
+        decryptor = Cipher(algorithms.AES(bytes(key)), modes.CBC(bytes(initial))).decryptor()
+        del plain[decryptor.update_into(text, plain) :]
+    finally:
+        wipe(key)
+    if not plain:
+        return plain
+    padding = plain[-1]
+    # Without a look at the other padding bytes, as QEMU: what it can open, so can we.
+    if padding > _BLOCK_BYTES or padding > len(plain):
+        wipe(plain)
+        raise Error(f"Incorrect number of padding bytes ({padding}) found on decrypted data")
+    del plain[len(plain) - padding :]
+    return plain
+
+
+def check_utf8(secret_id: str, value: bytearray) -> None:
+    """See that a passphrase is text.
+
+    :raise Error: if it isn't; the text does not show it.
+    """
+    try:
+        str(value, "utf-8")
+    except UnicodeDecodeError:
+        pass
+    else:
+        return
+    # Raised outside the handler: the decoder's exception holds the bytes, and must not be chained to.
+    raise Error(f"Data from secret {secret_id} is not valid UTF-8")
+
+

@@ -1,0 +1,246 @@
+"""The object tree: objects by path, and the commands on them.
+
+The root holds the containers ``backend``, ``chardevs`` and ``objects``, and
+``machine`` from the moment on when there is a device (a storage daemon without
+devices looks like QEMU's, which has no machine).  A path is absolute, or it is
+*partial*: then it means the one object whose path ends with it, and if there
+are several, none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from qmpd.errors import DeviceNotFound, Error
+from qmpd.qapi import Schema
+from qmpd.qom.iothread import IOThread
+from qmpd.qom.models import DEFAULTS, device_property_types
+from qmpd.qom.object import OBJECT_TYPE_NAMES, Chardev, Container, Object, schema_properties
+from qmpd.qom.secret import Secret, check_utf8
+from qmpd.qom.throttle_group import ThrottleGroup
+from qmpd.qom.types import TYPES, implements
+from qmpd.qom.user_creatable import UserCreatable
+
+_IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+
+#: What `object-add` makes.
+_CREATABLE: Final[Mapping[str, type[UserCreatable]]] = {
+    class_.type_name: class_ for class_ in (Secret, IOThread, ThrottleGroup)
+}
+
+
+class AmbiguousPath(Error):
+    """A partial path that is the end of several objects' paths."""
+
+
+class ObjectTree:
+    """All objects of a daemon.
+
+    :param schema: has the structs that objects' properties are in.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self.root = Container()
+        self.backend = self.root.container("backend")
+        self.objects = self.root.container("objects")
+        self._chardevs = self.root.container("chardevs")
+
+    # -- looking
+
+    def absolute(self, path: str) -> Object | None:
+        """The object at an absolute path, or None."""
+        return _below(self.root, [part for part in path.split("/") if part])
+
+    def resolve(self, path: str) -> Object:
+        """The object at a path, which may be partial.
+
+        :raise AmbiguousPath: if it is, and means several.
+        :raise DeviceNotFound: if it means none.
+        """
+        if path.startswith("/"):
+            found = self.absolute(path)
+        else:
+            matches = list(_matches(self.root, [part for part in path.split("/") if part]))
+            if len(matches) > 1:
+                raise AmbiguousPath(f"Path '{path}' is ambiguous")
+            found = matches[0] if matches else None
+        if found is None:
+            raise DeviceNotFound(f"Device '{path}' not found")
+        return found
+
+    def _object(self, path: str) -> Object:
+        try:
+            return self.resolve(path)
+        except AmbiguousPath:
+            # qom-get and qom-set tell no difference, unlike qom-list.
+            raise DeviceNotFound(f"Device '{path}' not found") from None
+
+    # -- the commands
+
+    async def add(self, options: Mapping[str, Any]) -> None:
+        """Make an object, as `object-add` does.
+
+        :param options: ObjectOptions, validated.
+        :raise Error: if it can't be made; then nothing has changed.
+        """
+        object_id: str = options["id"]
+        if not _IDENTIFIER.fullmatch(object_id):
+            raise Error("Parameter 'id' expects an identifier")
+        made = _CREATABLE[options["qom-type"]](options)
+        made.bind(self.schema)
+        self.objects.add(object_id, made)
+        try:
+            await made.complete(options, self)
+        except BaseException:
+            if self.objects.children.get(object_id) is made:
+                self.objects.remove(made)
+            made.removed()
+            raise
+        if self.objects.children.get(object_id) is not made:
+            # Deleted by another client while it was being loaded.
+            made.removed()
+
+    def delete(self, object_id: str) -> None:
+        """Remove an object that `add` made, as `object-del` does.
+
+        :raise Error: if it is not there or in use.
+        """
+        found = self.objects.children.get(object_id)
+        if not isinstance(found, UserCreatable):
+            raise Error(f"object '{object_id}' not found")
+        if found.in_use:
+            raise Error(f"object '{object_id}' is in use, can not be deleted")
+        self.objects.remove(found)
+        found.removed()
+
+    def list(self, path: str) -> list[dict[str, Any]]:
+        """The properties of an object (ObjectPropertyInfo), as `qom-list` does.
+
+        :raise Error: if there is no such object.
+        """
+        names = self.resolve(path).property_names()
+        return [{"name": name, "type": type_} for name, type_ in names.items()]
+
+    def get(self, path: str, name: str) -> Any:
+        """The value of a property, as `qom-get` does.
+
+        :raise Error: if there is no such object or property.
+        """
+        return self._object(path).property(name).get()
+
+    def set(self, path: str, name: str, value: Any) -> None:
+        """Give a property a new value, as `qom-set` does.
+
+        :raise Error: if there is no such object or property, or it does not take the value.
+        """
+        found = self._object(path)
+        setter = found.property(name).set
+        if setter is None:
+            raise Error(f"Property '{found.type_name}.{name}' is not writable")
+        setter(value)
+
+    def list_types(self, wanted: str | None = None, *, abstract: bool = False) -> list[dict[str, Any]]:
+        """Types of objects (ObjectTypeInfo), as `qom-list-types` does.
+
+        :param wanted: only those that are, extend or implement this one.
+        :param abstract: abstract ones too.
+        """
+        return [
+            {"name": info.name}
+            | ({"abstract": True} if info.abstract else {})
+            | ({"parent": info.parent} if info.parent else {})
+            for info in TYPES.values()
+            if (abstract or not info.abstract) and (wanted is None or implements(info.name, wanted))
+        ]
+
+    def list_properties(self, type_name: str) -> list[dict[str, Any]]:
+        """The properties of objects of a type (ObjectPropertyInfo), as `qom-list-properties` does.
+
+        :raise Error: if it is no type of objects.
+        """
+        info = TYPES.get(type_name)
+        if info is None:
+            raise DeviceNotFound(f"Class '{type_name}' not found")
+        if not implements(type_name, "object"):
+            raise Error("Parameter 'typename' expects a QOM type")
+        properties = {"type": "string"}
+        defaults: Mapping[str, Any] = {}
+        if implements(type_name, "device"):
+            properties.update(device_property_types(self.schema, type_name))
+            defaults = DEFAULTS
+        elif info.struct is not None:
+            properties.update(schema_properties(self.schema, info.struct, OBJECT_TYPE_NAMES))
+        return [
+            {"name": name, "type": type_} | ({"default-value": defaults[name]} if name in defaults else {})
+            for name, type_ in properties.items()
+        ]
+
+    # -- what others of the daemon need
+
+    def raw_secret(self, secret_id: str) -> bytearray:
+        """A copy of a secret's bytes, for the caller to wipe.
+
+        :raise Error: if there is no secret with this id.
+        """
+        found = self.objects.children.get(secret_id)
+        if found is None:
+            raise Error(f"No secret with id '{secret_id}'")
+        if not isinstance(found, Secret):
+            raise Error(f"Object with id '{secret_id}' is not a secret")
+        return found.value()
+
+    def secret_bytes(self, secret_id: str) -> bytearray:
+        """A copy of the passphrase with this id, for the caller to wipe.
+
+        :raise Error: if there is none, or if it is no text in UTF-8.
+        """
+        value = self.raw_secret(secret_id)
+        check_utf8(secret_id, value)
+        return value
+
+    def show_chardev(self, chardev_id: str, chardev: Chardev) -> None:
+        """Put a character device below ``/chardevs``.
+
+        :raise Error: if the id is taken.
+        """
+        self._chardevs.add(chardev_id, chardev)
+
+    def hide_chardev(self, chardev_id: str) -> None:
+        """Take a character device out again."""
+        self._chardevs.remove(self._chardevs.children[chardev_id])
+
+    def machine(self) -> Container:
+        """The container ``/machine``, made if it is not there yet."""
+        return self.root.container("machine")
+
+    def close(self) -> None:
+        """Remove all objects, wipe all secrets."""
+        for each in list(self.objects.children.values()):
+            self.objects.remove(each)
+            if isinstance(each, UserCreatable):
+                each.removed()
+
+
+def _below(start: Object, parts: list[str]) -> Object | None:
+    found: Object | None = start
+    for part in parts:
+        if found is None:
+            return None
+        found = found.children.get(part)
+    return found
+
+
+def _matches(start: Object, parts: list[str]) -> list[Object]:
+    """The objects below `start`, and itself, whose path ends with `parts`; two of them are enough."""
+    result: list[Object] = []
+    waiting = [start]
+    while waiting and len(result) < 2:
+        each = waiting.pop()
+        found = _below(each, parts)
+        if found is not None:
+            result.append(found)
+        waiting.extend(each.children.values())
+    return result
