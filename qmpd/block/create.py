@@ -93,19 +93,17 @@ async def _create_luks(graph: Graph, options: Mapping[str, Any]) -> None:
         iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
 
         def derive() -> tuple[luks1.Header, list[luks1.Write | luks1.Barrier]]:
-            slot_iterations, digest_iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
-            header, key, plan = luks1.format_plan(
-                spec,
-                hash_name,
-                graph.secrets(options["key-secret"]),
-                slot_iterations,
-                digest_iterations,
-                detached=header_disk is not None,
-            )
+            iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
+            detached = header_disk is not None
+            header, key, plan = luks1.format_plan(spec, hash_name, password, *iterations, detached=detached)
             key.wipe()
             return header, plan
 
-        header, plan = await graph.in_key_thread(derive)
+        password = graph.secrets(options["key-secret"])
+        try:
+            header, plan = await graph.in_key_thread(derive)
+        finally:
+            password[:] = bytes(len(password))
         target = header_disk or payload
         assert target is not None
         if payload is not None and size is not None:

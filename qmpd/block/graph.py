@@ -46,13 +46,11 @@ class Graph:
     """All nodes of a daemon and their users.
 
     :param drivers: the driver classes by their QAPI names.
-    :param secrets: gives the passphrase of a secret's id at the moment of use;
-        raises Error if there is none.  What it gives is never kept.
+    :param secrets: gives a copy of the passphrase of a secret's id at the moment of
+        use, for the user to wipe; raises Error if there is none.
     """
 
-    def __init__(
-        self, drivers: Mapping[str, type[Node]], *, secrets: Callable[[str], bytes | bytearray]
-    ) -> None:
+    def __init__(self, drivers: Mapping[str, type[Node]], *, secrets: Callable[[str], bytearray]) -> None:
         self._drivers = drivers
         self.secrets = secrets
         #: Every node by its name, the ones under construction included, oldest first.

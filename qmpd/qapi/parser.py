@@ -244,7 +244,7 @@ class _Source:
                     )
                 yield _Token(kind, text[1:-1], offset)
             elif kind == "comment" and match.group().rstrip() == "##" and self._begins_line(offset):
-                end = self._end_of_documentation(end)
+                end = self._end_of_documentation(offset, end)
                 yield _Token("documentation", characters[offset:end], offset)
             offset = end
         yield _Token("end", "end of file", len(characters))
@@ -252,8 +252,7 @@ class _Source:
     def _begins_line(self, offset: int) -> bool:
         return offset == 0 or self._characters[offset - 1] == "\n"
 
-    def _end_of_documentation(self, offset: int) -> int:
-        opening = offset
+    def _end_of_documentation(self, opening: int, offset: int) -> int:
         characters = self._characters
         while offset < len(characters):
             start = offset + 1
@@ -265,7 +264,7 @@ class _Source:
             if not line.startswith("#"):
                 break
             offset = end
-        raise SchemaError(self.text.location(opening - 1), "documentation comment must end with '##'")
+        raise SchemaError(self.text.location(opening), "documentation comment must end with '##'")
 
     def advance(self) -> _Token:
         token = self.token

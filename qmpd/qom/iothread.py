@@ -29,7 +29,7 @@ _DEFAULTS: Final[Mapping[str, int]] = {
 class IOThread(UserCreatable):
     """The object type "iothread"."""
 
-    type_name = "iothread"
+    qom_type = "iothread"
     struct = "IothreadProperties"
 
     def __init__(self, options: Mapping[str, Any]) -> None:

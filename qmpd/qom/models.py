@@ -22,6 +22,7 @@ class Model:
     """A kind of device.
 
     :param name: its type in QOM.
+    :param family: what it is apart from variants of that type.
     :param bus: the kind of bus that it goes on.
     :param inner: the type of its other half, if it has one.
     :param provides: the kind of bus that it provides, if any.
@@ -29,6 +30,7 @@ class Model:
     """
 
     name: str
+    family: str
     bus: str
     inner: str | None = None
     provides: str | None = None
@@ -48,15 +50,15 @@ class Model:
 
 _MODELS: Final = (
     *(
-        Model(f"virtio-blk-pci{suffix}", "PCI", inner="virtio-blk-device", disk=True)
+        Model(f"virtio-blk-pci{suffix}", "virtio-blk", "PCI", inner="virtio-blk-device", disk=True)
         for suffix in ("", "-transitional", "-non-transitional")
     ),
     *(
-        Model(f"virtio-scsi-pci{suffix}", "PCI", inner="virtio-scsi-device", provides="SCSI")
+        Model(f"virtio-scsi-pci{suffix}", "virtio-scsi", "PCI", inner="virtio-scsi-device", provides="SCSI")
         for suffix in ("", "-transitional", "-non-transitional")
     ),
-    Model("scsi-hd", "SCSI", disk=True),
-    Model("pcie-root-port", "PCI", provides="PCI"),
+    Model("scsi-hd", "scsi-hd", "SCSI", disk=True),
+    Model("pcie-root-port", "pcie-root-port", "PCI", provides="PCI"),
 )
 
 MODELS: Final[Mapping[str, Model]] = {model.name: model for model in _MODELS}

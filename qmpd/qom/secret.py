@@ -47,7 +47,7 @@ _DESCRIPTOR_PATH: Final = re.compile(r"/dev/fd/[0-9]+|/proc/self/fd/[0-9]+|/dev/
 class Secret(UserCreatable):
     """The object type "secret"."""
 
-    type_name = "secret"
+    qom_type = "secret"
     struct = "SecretProperties"
 
     def __init__(self, options: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ _DEFAULTS: Final[Mapping[str, int]] = {
 class ThrottleGroup(UserCreatable):
     """The object type "throttle-group"."""
 
-    type_name = "throttle-group"
+    qom_type = "throttle-group"
     struct = "ThrottleGroupProperties"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ def merged(limits: Mapping[str, int], changes: Mapping[str, int]) -> dict[str, i
     :raise Error: if they contradict each other then.
     """
     for name, value in changes.items():
-        if name.endswith("-max-length") and not 0 <= value <= _LENGTH_MAX:
+        if name.endswith("-max-length") and value > _LENGTH_MAX:
             raise Error(f"{name} value must be in the range [0, {_LENGTH_MAX}]")
     result = {**limits, **changes}
     check(result)
@@ -95,6 +95,8 @@ def check(limits: Mapping[str, int]) -> None:
                 raise Error(
                     "bps/iops/max total values and read/write values cannot be used at the same time"
                 )
+    if limits["iops-size"] and not any(limits[f"iops-{direction}"] for direction in _DIRECTIONS):
+        raise Error("iops size requires an iops value to be set")
     for kind in _KINDS:
         for direction in _DIRECTIONS:
             name = f"{kind}-{direction}"
@@ -108,5 +110,9 @@ def _check_one(average: int, burst: int, length: int) -> None:
         raise Error("the burst length cannot be 0")
     if length > 1 and not burst:
         raise Error("burst length set without burst rate")
-    if burst and burst < average or burst and not average:
+    if burst and not 0 <= length <= _VALUE_MAX // burst:
+        raise Error("burst length too high for this burst rate")
+    if burst and not average:
+        raise Error("bps_max/iops_max require corresponding bps/iops values")
+    if burst and burst < average:
         raise Error("bps_max/iops_max cannot be lower than bps/iops")

@@ -27,7 +27,7 @@ _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 #: What `object-add` makes.
 _CREATABLE: Final[Mapping[str, type[UserCreatable]]] = {
-    class_.type_name: class_ for class_ in (Secret, IOThread, ThrottleGroup)
+    class_.qom_type: class_ for class_ in (Secret, IOThread, ThrottleGroup)
 }
 
 
@@ -116,7 +116,7 @@ class ObjectTree:
         self.objects.remove(found)
         found.removed()
 
-    def list(self, path: str) -> list[dict[str, Any]]:
+    def properties(self, path: str) -> list[dict[str, Any]]:
         """The properties of an object (ObjectPropertyInfo), as `qom-list` does.
 
         :raise Error: if there is no such object.

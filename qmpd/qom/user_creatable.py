@@ -27,18 +27,18 @@ class UserCreatable(Object):
     :raise Error: if a value is wrong.
     """
 
-    type_name: ClassVar[str]  # type: ignore[misc]
+    qom_type: ClassVar[str]
     struct: ClassVar[str]
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        super().__init__(type(self).type_name)
+        super().__init__(self.qom_type)
         self._schema: Schema | None = None
 
     def bind(self, schema: Schema) -> None:
         """Tell the object which schema its properties are in."""
         self._schema = schema
 
-    async def complete(self, options: Mapping[str, Any], tree: ObjectTree) -> None:  # noqa: B027
+    async def complete(self, options: Mapping[str, Any], tree: ObjectTree) -> None:
         """Make the object usable.
 
         :raise Error: if that can't be done; it is then taken out of the tree.
@@ -49,7 +49,7 @@ class UserCreatable(Object):
         """Whether something would break if the object went now."""
         return False
 
-    def removed(self) -> None:  # noqa: B027
+    def removed(self) -> None:
         """The object is out of the tree: let go of everything."""
 
     @abstractmethod

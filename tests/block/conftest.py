@@ -11,10 +11,10 @@ from qmpd.errors import Error
 SECRETS = {"pw": b"pw", "other": b"other"}
 
 
-def resolve(secret_id: str) -> bytes:
+def resolve(secret_id: str) -> bytearray:
     if secret_id not in SECRETS:
         raise Error(f"No secret with id '{secret_id}'")
-    return SECRETS[secret_id]
+    return bytearray(SECRETS[secret_id])
 
 
 @pytest_asyncio.fixture

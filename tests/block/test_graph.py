@@ -85,7 +85,7 @@ async def test_a_node_under_construction_holds_its_name_but_is_not_seen() -> Non
         async def open(self) -> None:
             await gate.wait()
 
-    graph = Graph({"slow": SlowNode, "null-co": NullCoNode}, secrets=lambda _: b"")
+    graph = Graph({"slow": SlowNode, "null-co": NullCoNode}, secrets=lambda _: bytearray())
     opening = asyncio.create_task(graph.add({"driver": "slow", "node-name": "s"}))
     await asyncio.sleep(0)
     assert graph.nodes() == []
@@ -105,7 +105,7 @@ async def test_a_cancelled_opening_leaves_nothing(tmp_path: Path) -> None:
         async def open(self) -> None:
             await asyncio.Event().wait()
 
-    graph = Graph({"stuck": StuckNode, "null-co": NullCoNode}, secrets=lambda _: b"")
+    graph = Graph({"stuck": StuckNode, "null-co": NullCoNode}, secrets=lambda _: bytearray())
     await graph.add(null("below"))
     opening = asyncio.create_task(graph.add({"driver": "stuck", "node-name": "s", "file": "below"}))
     await asyncio.sleep(0)

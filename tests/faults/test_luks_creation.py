@@ -38,7 +38,7 @@ def failing_graph(failing: Failing) -> Graph:
             failing.step()
             await super()._flush()
 
-    return Graph({**DRIVERS, "file": FailingFile}, secrets=lambda _: b"pw")
+    return Graph({**DRIVERS, "file": FailingFile}, secrets=lambda _: bytearray(b"pw"))
 
 
 def options(path: Path) -> dict[str, Any]:

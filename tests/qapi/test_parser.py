@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -128,18 +129,18 @@ def test_a_mistake_in_the_text_is_named_with_its_place(text: str, error: str) ->
 
 
 # Fragments of the language, so that random texts get past the first token.
-_FRAGMENTS = st.sampled_from(
-    ["{", "}", "[", "]", ",", ":", "'struct'", "'union'", "'alternate'", "'enum'", "'command'", "'event'", "'data'", "'base'", "'discriminator'", "'features'", "'returns'", "'boxed'", "'gen'", "true", "false", "'A'", "'B'", "'int'", "'str'", "'x'", "'*x'", "'type'", "'name'", "'if'", "null", "'pragma'", "'include'", "'any'"]
-    + ["##\n# @A:\n##\n", "# c\n", "\n", "'"]
+_WORDS = (
+    "{ } [ ] , : 'struct' 'union' 'alternate' 'enum' 'command' 'event' 'data' 'base' 'discriminator' "
+    "'features' 'returns' 'boxed' 'gen' true false 'A' 'B' 'int' 'str' 'x' '*x' 'type' 'name' 'if' null "
+    "'pragma' 'include' 'any' '"
 )
+_FRAGMENTS = st.sampled_from([*_WORDS.split(" "), "##\n# @A:\n##\n", "# c\n", "\n"])
 
 
 @given(st.lists(_FRAGMENTS, max_size=40).map(" ".join) | st.text(max_size=80))
 def test_any_text_is_a_schema_or_a_schema_error(text: str) -> None:
-    try:
+    with suppress(SchemaError):
         resolve(parse_text(text)[0])
-    except SchemaError as error:
-        assert str(error)
 
 
 _NAMES = st.sampled_from(["A", "B", "C", "int", "str", "any", "null", "x"])
@@ -164,7 +165,5 @@ _KINDS = st.sampled_from(["struct", "union", "alternate", "enum", "command", "ev
 def test_well_formed_definitions_are_a_schema_or_a_schema_error(definitions: list[tuple]) -> None:
     text = "\n".join(repr({kind: name} | rest) for kind, name, rest in definitions)
     text = text.replace("True", "true").replace("False", "false")
-    try:
+    with suppress(SchemaError):
         resolve(parse_text(text)[0])
-    except SchemaError as error:
-        assert str(error)

@@ -98,7 +98,8 @@ def test_a_type_may_be_used_before_it_stands_in_the_text(schema: Schema) -> None
         (
             ENUM
             + STRUCT
-            + "{ 'union': 'U', 'base': { 'e': 'E', 'x': 'int' }, 'discriminator': 'e', 'data': { 'a': 'S' } }",
+            + "{ 'union': 'U', 'base': { 'e': 'E', 'x': 'int' }, 'discriminator': 'e',"
+            + " 'data': { 'a': 'S' } }",
             "member 'x' of 'S' collides with base member 'x' of union 'U'",
         ),
         (

@@ -185,7 +185,6 @@ def refusal(schema: Schema, command: str, arguments: dict[str, Any]) -> str | No
     try:
         schema.commands[command].validate(arguments)
     except Error as error:
-        assert error.error_class == "GenericError"
         return error.desc
     return None
 
@@ -238,7 +237,8 @@ def test_a_branch_may_be_a_union_of_its_own() -> None:
         { 'enum': 'A', 'data': [ 'x', 'y' ] } { 'enum': 'B', 'data': [ 'p', 'q' ] }
         { 'struct': 'P', 'data': { 'n': 'int' } }
         { 'union': 'Inner', 'base': { 'b': 'B' }, 'discriminator': 'b', 'data': { 'p': 'P' } }
-        { 'union': 'Outer', 'base': { 'a': 'A', '*z': 'str' }, 'discriminator': 'a', 'data': { 'x': 'Inner' } }
+        { 'union': 'Outer', 'base': { 'a': 'A', '*z': 'str' }, 'discriminator': 'a',
+          'data': { 'x': 'Inner' } }
         """
     )
     schema.validate("Outer", {"a": "x", "b": "p", "n": 1, "z": "text"})

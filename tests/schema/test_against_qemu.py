@@ -1,42 +1,259 @@
-"""The schema says of each command what QEMU's own introspection says.
+"""The schema says of each command and event what QEMU's own introspection says.
 
-A client that was written for QEMU finds the same arguments here, under the
-same names, optional where they are optional there, and of the same kind in
-JSON; in replies it finds nothing that QEMU would not send.  What QEMU has and
-qmpd has not is in one table, with the reason, and an entry that is not needed
-any more fails.
+A client that was written for QEMU finds the same arguments here, in the same
+order, under the same names, optional where they are optional there, and of the
+same kind in JSON; a reply holds nothing that QEMU's could not hold.  What only
+QEMU has is in :data:`ONLY_QEMU` with the reason, what only qmpd has in
+:data:`ONLY_QMPD`, and an entry that is not needed any more fails the test.
+
+A place is named by the command or event, ``->`` for its reply, ``.member``,
+``[]`` for a list's elements and ``<case>`` for a branch of a union.  A type is
+compared where it is met first.
 """
 
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from daemons import RunningDaemon
 
 from qmpd.qapi import load, schema_directory
 
 Entity = Mapping[str, Any]
 
-LATER: Final = "comes with the driver, object or job that it belongs to"
-NO_GUEST: Final = "about a guest's processors, memory or devices, of which there are none"
-NOT_MEANT: Final = "tuning without an effect here"
-NO_IMAGE_CHAIN: Final = "about backing images, snapshots and bitmaps, which no driver of ours has"
-NO_LIMITS: Final = "limits of a disk, which come with the throttle driver"
+LATER: Final = "comes together with the driver, object or job that it belongs to"
+MACHINE: Final = "is about a machine, of which there is none"
+NETWORK: Final = "is about networks or a guest's other devices"
+CHAINS: Final = "is about backing images, snapshots and bitmaps, which no driver of ours has"
+THROTTLING: Final = "belongs to the throttle driver, which is not there yet"
+PRIMITIVES: Final = "is not offered by the cryptography library, or is no mode for a disk"
+ORNAMENT: Final = "would have no effect"
 
-#: What a type of QEMU's has and ours has not, by a path from a command: ``command(argument.member)``
-#: for what is taken, ``command -> member`` for what is answered; values of enumerations after ``=``.
-NOT_HERE: Final[Mapping[str, str]] = json.loads((Path(__file__).parent / "not_here.json").read_text())
+_RATES: Final = (
+    "bps_max bps_rd_max bps_wr_max iops_max iops_rd_max iops_wr_max bps_max_length bps_rd_max_length "
+    "bps_wr_max_length iops_max_length iops_rd_max_length iops_wr_max_length iops_size group"
+)
 
-#: What ours has and QEMU's has not.
-ONLY_HERE: Final[Mapping[str, str]] = {
-    "blockdev-add(driver=gluks)": "the driver's name in early proposals",
-    "blockdev-add(gluks)": "the driver's name in early proposals",
-    "blockdev-add(luks.header-file)": "the member's name in early proposals",
-}
+#: (place, members or values that only QEMU has there, why qmpd has not).
+ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
+    (
+        "blockdev-add.driver",
+        "blkdebug blklogwrites blkreplay blkverify bochs cloop compress copy-before-write copy-on-read dmg ftp "
+        "ftps gluster host_cdrom host_device http https iscsi nbd nfs nvme parallels preallocate qcow qcow2 qed "
+        "quorum rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat",
+        LATER,
+    ),
+    ("blockdev-add<file>", "aio-max-batch pr-manager x-check-cache-dropped", ORNAMENT),
+    (
+        "blockdev-create.options<luks>.cipher-alg",
+        "3des cast5-128 des serpent-128 serpent-192 serpent-256 sm4 twofish-128 twofish-192 twofish-256",
+        PRIMITIVES,
+    ),
+    ("blockdev-create.options<luks>.cipher-mode", "ctr ecb", PRIMITIVES),
+    ("blockdev-create.options<luks>.ivgen-hash-alg", "ripemd160", PRIMITIVES),
+    (
+        "object-add.qom-type",
+        "acpi-generic-initiator acpi-generic-port cryptodev-backend cryptodev-backend-builtin "
+        "cryptodev-backend-lkcf cryptodev-vhost-user dbus-vmstate input-barrier input-linux iommufd "
+        "memory-backend-epc memory-backend-file memory-backend-memfd memory-backend-ram memory-backend-shm "
+        "pef-guest qtest rng-builtin rng-egd rng-random s390-pv-guest sev-guest sev-snp-guest thread-context "
+        "x-remote-object x-vfio-user-server",
+        MACHINE,
+    ),
+    (
+        "object-add.qom-type",
+        "can-bus can-host-socketcan colo-compare filter-buffer filter-dump filter-mirror filter-redirector "
+        "filter-replay filter-rewriter",
+        NETWORK,
+    ),
+    (
+        "object-add.qom-type",
+        "authz-list authz-listfile authz-pam authz-simple main-loop pr-manager-helper secret_keyring "
+        "tls-cipher-suites tls-creds-anon tls-creds-psk tls-creds-x509",
+        LATER,
+    ),
+    ("query-blockstats ->[]", "backing", CHAINS),
+    (
+        "query-blockstats ->[].stats",
+        "flush_latency_histogram rd_latency_histogram wr_latency_histogram zone_append_latency_histogram",
+        LATER,
+    ),
+    (
+        "query-jobs ->[].type",
+        "amend backup commit mirror snapshot-delete snapshot-load snapshot-save stream",
+        LATER,
+    ),
+    ("query-block-jobs ->[]", "<mirror>", LATER),
+    ("query-named-block-nodes ->[]", "backing_file dirty-bitmaps", CHAINS),
+    ("query-named-block-nodes ->[]", _RATES, THROTTLING),
+    (
+        "query-named-block-nodes ->[].image",
+        "backing-filename backing-filename-format backing-image compressed full-backing-filename snapshots",
+        CHAINS,
+    ),
+    ("query-named-block-nodes ->[].image.format-specific.type", "qcow2 rbd vmdk", LATER),
+)
+
+#: (place, members or values that only qmpd has there, why).
+ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
+    ("blockdev-add.driver", "gluks", "is the driver's name in early proposals, and deprecated"),
+    ("blockdev-add<luks>", "header-file", "is the member's name in early proposals, and deprecated"),
+)
+
+#: Commands and events that one of QEMU's two programs has and the other has not.
+OF_THE_MACHINE: Final = frozenset(
+    {"device_add", "device_del", "human-monitor-command", "system_reset", "DEVICE_DELETED", "RESET"}
+)
+
+
+@dataclass
+class Comparison:
+    """Two introspections, and where they differ.
+
+    ``only_ours`` and ``only_theirs`` hold (place, name); ``wrong`` holds what
+    no table excuses.
+    """
+
+    ours: Mapping[str, Entity]
+    theirs: Mapping[str, Entity]
+    only_ours: set[tuple[str, str]] = field(default_factory=set)
+    only_theirs: set[tuple[str, str]] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
+    _met: set[tuple[str, str]] = field(default_factory=set)
+
+    def command_or_event(self, name: str) -> None:
+        our, their = self.ours[name], self.theirs[name]
+        for key in ("meta-type", "features", "allow-oob"):
+            self._same(name, key, our.get(key), their.get(key))
+        self.types(name, our["arg-type"], their["arg-type"])
+        if our["meta-type"] == "command":
+            self.types(f"{name} ->", our["ret-type"], their["ret-type"])
+
+    def types(self, place: str, our_name: str, their_name: str) -> None:
+        if (our_name, their_name) in self._met:
+            return
+        self._met.add((our_name, their_name))
+        our, their = self.ours[our_name], self.theirs[their_name]
+        self._same(place, "meta-type", our["meta-type"], their["meta-type"])
+        if our["meta-type"] != their["meta-type"]:
+            return
+        self._same(place, "features", our.get("features"), their.get("features"))
+        match our["meta-type"]:
+            case "builtin":
+                self._same(place, "json-type", our["json-type"], their["json-type"])
+            case "array":
+                self.types(f"{place}[]", our["element-type"], their["element-type"])
+            case "enum":
+                self._members(place, our, their)
+            case "alternate":
+                self._alternates(place, our, their)
+            case "object":
+                self._objects(place, our, their)
+
+    def _same(self, place: str, what: str, our: object, their: object) -> None:
+        if our != their:
+            self.wrong.append(f"{place}: {what} is {our!r}, QEMU's is {their!r}")
+
+    def _members(self, place: str, our: Entity, their: Entity) -> list[tuple[Entity, Entity]]:
+        """Compare the names, and return those members that both have."""
+        ours = {member["name"]: member for member in our["members"]}
+        theirs = {member["name"]: member for member in their["members"]}
+        self.only_ours |= {(place, name) for name in ours.keys() - theirs.keys()}
+        self.only_theirs |= {(place, name) for name in theirs.keys() - ours.keys()}
+        for name in ours.keys() & theirs.keys():
+            features = ours[name].get("features"), theirs[name].get("features")
+            self._same(f"{place}.{name}", "features", *features)
+        self._same(place, "order", [n for n in ours if n in theirs], [n for n in theirs if n in ours])
+        return [(ours[name], theirs[name]) for name in ours if name in theirs]
+
+    def _alternates(self, place: str, our: Entity, their: Entity) -> None:
+        ours = {self._kind(self.ours[member["type"]]): member["type"] for member in our["members"]}
+        theirs = {self._kind(self.theirs[member["type"]]): member["type"] for member in their["members"]}
+        self._same(place, "alternatives", sorted(ours), sorted(theirs))
+        for kind in ours.keys() & theirs.keys():
+            self.types(place, ours[kind], theirs[kind])
+
+    def _objects(self, place: str, our: Entity, their: Entity) -> None:
+        for our_member, their_member in self._members(place, our, their):
+            inner = f"{place}.{our_member['name']}"
+            self._same(inner, "optional", "default" in our_member, "default" in their_member)
+            self.types(inner, our_member["type"], their_member["type"])
+        ours = {variant["case"]: variant["type"] for variant in our.get("variants", ())}
+        theirs = {variant["case"]: variant["type"] for variant in their.get("variants", ())}
+        if ours:
+            self._same(place, "tag", our.get("tag"), their.get("tag"))
+            for case in ours.keys() & theirs.keys():  # the others are found as values of the tag
+                self.types(f"{place}<{case}>", ours[case], theirs[case])
+        else:
+            filled = {case for case, name in theirs.items() if self.theirs[name]["members"]}
+            self.only_theirs |= {(place, f"<{case}>") for case in filled}
+
+    @staticmethod
+    def _kind(entity: Entity) -> tuple[str, str]:
+        return entity["meta-type"], entity.get("json-type", "")
+
+
+def own_introspection() -> dict[str, Entity]:
+    return {entity["name"]: entity for entity in load(schema_directory()).introspection()}
+
+
+def excused(table: tuple[tuple[str, str, str], ...]) -> set[tuple[str, str]]:
+    return {(place, name) for place, names, _ in table for name in names.split()}
+
+
+@pytest.fixture
+def comparison(start_storage_daemon: Callable[[], RunningDaemon]) -> Comparison:
+    """Our introspection beside that of qemu-storage-daemon, every common entry compared."""
+    theirs = {entity["name"]: entity for entity in start_storage_daemon().execute("query-qmp-schema")}
+    comparison = Comparison(own_introspection(), theirs)
+    for name, entity in comparison.ours.items():
+        if entity["meta-type"] in ("command", "event") and name not in OF_THE_MACHINE:
+            assert name in theirs, f"{name} is no command or event of QEMU's"
+            comparison.command_or_event(name)
+    return comparison
+
+
+@pytest.mark.peer("qemu-storage-daemon")
+def test_what_both_have_looks_the_same(comparison: Comparison) -> None:
+    assert comparison.wrong == []
+
+
+@pytest.mark.peer("qemu-storage-daemon")
+def test_what_only_qemu_has_is_listed_with_a_reason(comparison: Comparison) -> None:
+    assert comparison.only_theirs == excused(ONLY_QEMU)
+
+
+@pytest.mark.peer("qemu-storage-daemon")
+def test_what_only_qmpd_has_is_listed_with_a_reason(comparison: Comparison) -> None:
+    assert comparison.only_ours == excused(ONLY_QMPD)
+
+
+def emulator_introspection() -> dict[str, Entity]:
+    """Ask qemu-system-x86_64, without a machine, over its standard input and output."""
+    commands = ("qmp_capabilities", "query-qmp-schema", "quit")
+    said = subprocess.run(
+        ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"],
+        input="".join(json.dumps({"execute": command}) for command in commands),
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    replies = [message["return"] for message in map(json.loads, said.splitlines()) if "return" in message]
+    return {entity["name"]: entity for entity in replies[1]}
+
+
+@pytest.mark.peer("qemu-system-x86_64")
+def test_commands_of_the_machine_look_the_same() -> None:
+    """The commands that qemu-storage-daemon lacks are compared with the emulator's."""
+    theirs = emulator_introspection()
+    comparison = Comparison(own_introspection(), theirs)
+    for name in sorted(OF_THE_MACHINE):
+        comparison.command_or_event(name)
+    assert comparison.wrong == []
+    assert comparison.only_theirs == set()
+    assert comparison.only_ours == set()

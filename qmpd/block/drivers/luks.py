@@ -38,7 +38,7 @@ async def read_padded(node: Node, offset: int, length: int) -> bytearray:
 
 
 def unlock(
-    header: luks1.Header, password: bytes | bytearray, materials: list[tuple[int, bytearray]]
+    header: luks1.Header, password: bytearray, materials: list[tuple[int, bytearray]]
 ) -> luks1.VolumeKey:
     """The volume key, from the first keyslot that `password` opens.  Takes long: run it in a thread.
 
@@ -76,20 +76,26 @@ class LuksNode(Node):
             raise Error("Parameter 'key-secret' is required for cipher")
         password = self.graph.secrets(self.options["key-secret"])
         try:
-            data = await read_padded(source, 0, luks1.HEADER_BYTES)
-            header = luks1.Header.parse(data, detached=source is not self.file)
-            materials = [
-                (number, await read_padded(source, *header.material_extent(number)))
-                for number, slot in enumerate(header.slots)
-                if slot.active
-            ]
-        except OSError as error:
-            raise Error(f"Unable to read LUKS header: {error.strerror}") from None
-        with await self.graph.in_key_thread(unlock, header, password, materials) as key:
-            self._cipher = SectorCipher(header.spec, key.data)
+            header, materials = await self._read_header(source)
+            with await self.graph.in_key_thread(unlock, header, password, materials) as key:
+                self._cipher = SectorCipher(header.spec, key.data)
+        finally:
+            password[:] = bytes(len(password))
         self._header = header
         self._payload_offset = header.payload_offset * luks1.SECTOR
         header.payload_bytes(self.file.size)
+
+    async def _read_header(self, source: Node) -> tuple[luks1.Header, list[tuple[int, bytearray]]]:
+        """The header, and the key material of the active keyslots with their numbers."""
+        try:
+            data = await read_padded(source, 0, luks1.HEADER_BYTES)
+            header = luks1.Header.parse(data, detached=source is not self.file)
+            active = [number for number, slot in enumerate(header.slots) if slot.active]
+            return header, [
+                (number, await read_padded(source, *header.material_extent(number))) for number in active
+            ]
+        except OSError as error:
+            raise Error(f"Unable to read LUKS header: {error.strerror}") from None
 
     async def _open_header(self) -> Node | None:
         """Attach the node with the detached header, if the options name one."""

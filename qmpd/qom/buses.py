@@ -1,0 +1,185 @@
+"""Buses: which places there are, and which of them a new device takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from qmpd.errors import Error
+from qmpd.qom.models import AUTO_UINT32
+from qmpd.qom.object import Object, Property
+
+if TYPE_CHECKING:
+    from qmpd.qom.device import Device
+
+_SLOTS: Final = 32
+_FUNCTIONS: Final = 8
+
+#: Where a machine has its chip set: no disk goes there.
+_RESERVED_SLOTS: Final = frozenset({0, 1})
+
+_MAX_TARGET: Final = 255
+_MAX_LUN: Final = 16383
+
+#: Slot and function in hexadecimal digits.
+_ADDRESS: Final = re.compile(r"(?:0[xX])?([0-9a-fA-F]+)(?:\.(?:0[xX])?([0-9a-fA-F]+))?")
+
+
+class Bus(Object):
+    """What devices are plugged into.
+
+    :param type_name: its type in QOM, which messages call it by.
+    :param kind: "PCI" or "SCSI".
+    :param hotplug: whether devices may come and go.
+    """
+
+    kind: str
+
+    def __init__(self, type_name: str, *, hotplug: bool = True) -> None:
+        super().__init__(type_name)
+        self.hotplug = hotplug
+        #: Oldest first.
+        self.devices: list[Device] = []
+
+    def own_properties(self) -> Mapping[str, Property]:
+        """The devices, as links."""
+        properties = {"realized": Property("realized", "bool", lambda: True)}
+        for index, device in enumerate(self.devices):
+            name = f"child[{index}]"
+            properties[name] = Property(name, f"link<{device.type_name}>", partial(_path, device))
+        return properties
+
+    def check_hotplug(self) -> None:
+        """See that devices may come and go.
+
+        :raise Error: if they may not.
+        """
+        if not self.hotplug:
+            raise Error(f"Bus '{self.name}' does not support hotplugging")
+
+
+class PCIBus(Bus):
+    """A PCI bus; a root port's has one slot only.
+
+    A place is slot times 8 plus function.
+    """
+
+    kind = "PCI"
+
+    def __init__(self, type_name: str = "PCI", *, hotplug: bool = True, root_port: bool = False) -> None:
+        super().__init__(type_name, hotplug=hotplug)
+        self._slots = range(1) if root_port else range(_SLOTS)
+        self._reserved = frozenset() if root_port else _RESERVED_SLOTS
+
+    def place(self, device: Device) -> int:
+        """Where `device` goes: its ``addr``, or the first free slot.
+
+        :raise Error: if that place is not free.
+        """
+        taken = {int(each.values["addr"]): each for each in self.devices}
+        wanted: int = device.values["addr"]
+        if wanted < 0:
+            wanted = self._free(taken, device)
+        slot, function = divmod(wanted, _FUNCTIONS)
+        name = device.type_name
+        first = taken.get(slot * _FUNCTIONS) if slot in self._slots else taken.get(0)
+        if slot in self._reserved:
+            raise Error(f"PCI: slot {slot} function {function} not available for {name}, reserved")
+        if wanted in taken:
+            user = taken[wanted]
+            raise Error(
+                f"PCI: slot {slot} function {function} not available for {name}, "
+                f"in use by {user.type_name},id={'(null)' if user.device_id is None else user.device_id}"
+            )
+        if first is not None:
+            # A guest looks at a slot's other functions only when it first sees function 0.
+            raise Error(
+                f"PCI: slot {slot if slot in self._slots else 0} function 0 already occupied by "
+                f"{first.type_name}, new func {name} cannot be exposed to guest."
+            )
+        if slot not in self._slots:
+            raise Error(
+                f"PCI: slot {slot} is not valid for {name}, parent device only allows plugging into slot 0."
+            )
+        if function == 0 and not device.values["multifunction"]:
+            for other in range(wanted + 1, wanted + _FUNCTIONS):
+                if other in taken:
+                    raise Error(
+                        f"PCI: {slot:x}.0 indicates single function, but {slot:x}.{other % _FUNCTIONS} "
+                        "is already populated."
+                    )
+        return wanted
+
+    def _free(self, taken: Mapping[int, Device], device: Device) -> int:
+        for slot in self._slots:
+            if slot not in self._reserved and slot * _FUNCTIONS not in taken:
+                return slot * _FUNCTIONS
+        if len(self._slots) == 1:
+            # Let the caller say who is there.
+            return 1
+        raise Error(f"PCI: no slot/function available for {device.type_name}, all in use or reserved")
+
+
+class SCSIBus(Bus):
+    """The bus of a SCSI controller: a device is found by channel, target and LUN."""
+
+    kind = "SCSI"
+
+    def __init__(self) -> None:
+        super().__init__("SCSI")
+
+    def place(self, device: Device) -> tuple[int, int, int]:
+        """Channel, target and LUN for `device`: those that it names, and the first free ones.
+
+        :raise Error: if the place does not exist or is taken.
+        """
+        channel, target, lun = (int(device.values[name]) for name in ("channel", "scsi-id", "lun"))
+        if channel > 0:
+            raise Error(f"bad scsi channel id: {channel}")
+        if target != AUTO_UINT32 and target > _MAX_TARGET:
+            raise Error(f"bad scsi device id: {target}")
+        if lun != AUTO_UINT32 and lun > _MAX_LUN:
+            raise Error(f"bad scsi device lun: {lun}")
+        taken = {(each.values["scsi-id"], each.values["lun"]): each for each in self.devices}
+        if target == AUTO_UINT32:
+            lun = 0 if lun == AUTO_UINT32 else lun
+            free = (number for number in range(_MAX_TARGET + 1) if (number, lun) not in taken)
+            target = next(free, AUTO_UINT32)
+            if target == AUTO_UINT32:
+                raise Error("no free target")
+        elif lun == AUTO_UINT32:
+            free = (number for number in range(_MAX_LUN + 1) if (target, number) not in taken)
+            lun = next(free, AUTO_UINT32)
+            if lun == AUTO_UINT32:
+                raise Error("no free lun")
+        elif user := taken.get((target, lun)):
+            raise Error(f"lun already used by '{user.device_id or ''}'")
+        return channel, target, lun
+
+
+def _path(each: Object) -> str:
+    return each.path
+
+
+def pci_address(type_name: str, value: object) -> int:
+    """The place that the property ``addr`` means; -1 if it leaves it open.
+
+    :param type_name: the device's type, for messages.
+    :param value: a number, or slot and function in hexadecimal digits ("0x5", "5.0").
+    :raise Error: if it is neither, or no place.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise Error("Invalid parameter type for 'addr', expected int or str")
+    if isinstance(value, int):
+        last = _SLOTS * _FUNCTIONS - 1
+        if not -1 <= value <= last:
+            raise Error(f"Parameter 'addr' expects a value between -1 and {last}")
+        return value
+    match = _ADDRESS.fullmatch(value)
+    if match is not None:
+        slot, function = int(match[1], 16), int(match[2] or "0", 16)
+        if slot < _SLOTS and function < _FUNCTIONS:
+            return slot * _FUNCTIONS + function
+    raise Error(f"Property '{type_name}.addr' doesn't take value '{value}'")

@@ -1,0 +1,112 @@
+"""A device that is plugged in, as an object of the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from qmpd.block.backend import Backend
+from qmpd.errors import Error
+from qmpd.qapi import Schema
+from qmpd.qom.buses import Bus
+from qmpd.qom.models import DEFAULTS, REALIZED, Model, device_property_types
+from qmpd.qom.object import Object, Property
+
+#: What nobody may set, whatever else is refused about a device.
+_FIXED: Final = frozenset({"parent_bus", "hotplugged", "hotpluggable", "legacy-addr", "virtio-backend"})
+
+
+class DeviceHalf(Object):
+    """A device, or the half of a virtio device that is behind its PCI half.
+
+    :param whole: the device that it is (a part of).
+    """
+
+    def __init__(self, type_name: str, whole: Device | None = None) -> None:
+        super().__init__(type_name)
+        self.whole = whole
+        #: What moves its data; None if this half has no drive.
+        self.backend: Backend | None = None
+
+    @property
+    def device(self) -> Device:
+        """The whole device."""
+        assert self.whole is not None
+        return self.whole
+
+    def own_properties(self) -> Mapping[str, Property]:
+        """The properties of its type."""
+        types = device_property_types(self.device.schema, self.type_name)
+        return {name: self._property(name, type_) for name, type_ in types.items()}
+
+    def _property(self, name: str, type_: str) -> Property:
+        device = self.device
+        if name == "hotpluggable":
+            return Property(name, type_, lambda: self is device and device.bus.hotplug)
+        if name == "parent_bus":
+            return Property(name, type_, lambda: device.bus.path if self is device else "")
+        setter = None if name in _FIXED else lambda value: device.change(name, value)
+        return Property(name, type_, lambda: device.value(name), setter)
+
+
+class Device(DeviceHalf):
+    """A device on a bus.
+
+    :param model: what it is.
+    :param schema: has the struct with its properties.
+    :param device_id: its id, or None.
+    :param bus: where it is plugged in.
+    :param hotplugged: it came after the start.
+    """
+
+    def __init__(
+        self, model: Model, schema: Schema, device_id: str | None, bus: Bus, *, hotplugged: bool
+    ) -> None:
+        super().__init__(model.name)
+        self.whole = self
+        self.model = model
+        self.schema = schema
+        self.device_id = device_id
+        self.bus = bus
+        self.hotplugged = hotplugged
+        #: The properties' values, in QAPI's form.
+        self.values: dict[str, Any] = {**REALIZED, **DEFAULTS}
+        #: The bus that it provides.
+        self.own_bus: Bus | None = None
+        #: Changes the properties that may be changed while it is plugged in; by name.
+        self.setters: Mapping[str, Callable[[Any], None]] = {}
+
+    @property
+    def inner(self) -> DeviceHalf:
+        """The half that does the work: the device itself, unless it is a virtio device."""
+        half = self.children.get("virtio-backend")
+        return half if isinstance(half, DeviceHalf) else self
+
+    def value(self, name: str) -> Any:
+        """The value of a property."""
+        match name:
+            case "realized":
+                return True
+            case "hotplugged":
+                return self.hotplugged
+            case "virtio-backend":
+                return self.children[name].path
+            case "legacy-addr":
+                return "{:02x}.{:x}".format(*divmod(self.values["addr"], 8))
+        return self.values[name]
+
+    def change(self, name: str, value: Any) -> None:
+        """Set a property of a plugged-in device.
+
+        :raise Error: if it can't be set any more, or not to this.
+        """
+        if name in self.setters:
+            self.schema.validate(self.model.struct, {name: value})
+            self.setters[name](value)
+            return
+        if name == "realized":
+            raise Error(f"Property '{self.type_name}.realized' can't be set; use device_del to unplug a device")
+        owner = self.model.owner(name)
+        named = owner == self.type_name and self.device_id is not None
+        which = f"device '{self.device_id}'" if named else "anonymous device"
+        raise Error(f"Attempt to set property '{name}' on {which} (type '{owner}') after it was realized")

@@ -1,0 +1,450 @@
+"""Plugging devices in and out.
+
+`add` goes the way that QEMU goes, because which of several mistakes a client
+is told of depends on it: the model, the bus, the id, the properties one by one,
+the place on the bus, and last what the device needs to work.  Only its last
+step, taking the permissions of a guest's disk on the node, changes anything
+outside; after it nothing can fail.
+
+There is no guest that would have to let go of a device, so `delete` unplugs it
+at once, and its node can be deleted by the next command.  The events come a
+little later, see `_EVENT_DELAY`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from qmpd.block.backend import Backend
+from qmpd.block.graph import Graph
+from qmpd.block.node import Node
+from qmpd.block.permissions import Permission
+from qmpd.errors import DeviceNotFound, Error
+from qmpd.qom.buses import Bus, PCIBus, SCSIBus, pci_address
+from qmpd.qom.device import Device, DeviceHalf
+from qmpd.qom.iothread import IOThread
+from qmpd.qom.models import ALIASES, AUTO_UINT16, AUTO_UINT32, HISTORIC, INNER_BUS, MODELS, Model
+from qmpd.qom.object import schema_properties
+from qmpd.qom.tree import ObjectTree
+from qmpd.qom.types import TYPES, implements
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+#: Seconds between `device_del` of a virtio device and its DEVICE_DELETED.  In QEMU a
+#: guest's answer lies between the two.  libvirt begins to wait for the event when it
+#: has the reply; one that arrives in the same burst is looked at before that, as if
+#: the guest had unplugged the device by itself.
+_EVENT_DELAY: Final = 0.02
+
+#: The members of `device_add` itself; all others are properties.
+_COMMAND_MEMBERS: Final = frozenset({"driver", "id", "bus"})
+
+_SECTOR: Final = 512
+_MAX_BLOCK: Final = 2 << 20
+_UNSET_DISCARD: Final = AUTO_UINT32
+
+_MAX_QUEUES: Final = 1024
+_SCSI_FIXED_QUEUES: Final = 2
+_VIRTIO_SERIAL_MAX: Final = 20
+_SCSI_SERIAL_MAX: Final = 36
+
+#: What a guest's disk lets others do with its node.
+_SHARED: Final = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED | Permission.RESIZE
+
+
+class Devices:
+    """The devices of a daemon.
+
+    :param graph: has the nodes that disks are on.
+    :param tree: the object tree that devices appear in.
+    :param emit: sends an event to clients.
+    """
+
+    def __init__(self, graph: Graph, tree: ObjectTree, emit: Emit) -> None:
+        self._graph = graph
+        self._tree = tree
+        self._emit = emit
+        self._root_bus = PCIBus()
+        self._root_bus.name = "pci.0"
+        #: SCSI buses, newest first; root ports' buses are found by name only.
+        self._buses: list[Bus] = [self._root_bus]
+        self._anonymous = 0
+        self._waiting_events: list[dict[str, Any]] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- plugging in
+
+    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True) -> None:
+        """Plug a device in, as `device_add` does.
+
+        :param options: the members of `device_add`, as the client sent them.
+        :param hotplugged: False on the command line, where buses take what they don't take later.
+        :raise Error: if that can't be done; then nothing has changed.
+        """
+        self.send_deleted()
+        model = _model(options.get("driver"))
+        bus = self._find_bus(model, options.get("bus"))
+        if hotplugged:
+            bus.check_hotplug()
+        device_id = options.get("id")
+        if not isinstance(device_id, str):
+            # QEMU's way with an id that is no string.
+            device_id = None
+        device = Device(model, self._tree.schema, device_id, bus, hotplugged=hotplugged)
+        name = self._reserve_name(device_id)
+        self._set_properties(device, options)
+        node = self._drive(device, options)
+        self._place(device)
+        path = f"/machine/{'peripheral-anon' if device_id is None else 'peripheral'}/{name}"
+        _PREPARE[model.family](device, node)
+        if node is not None:
+            self._attach(device, node, path)
+        self._commit(device, name)
+
+    def _find_bus(self, model: Model, wanted: object) -> Bus:
+        if isinstance(wanted, str):
+            # Clients write "pci.0" or "pcie.0" after the machine that they know; there is one root.
+            found = (
+                self._root_bus
+                if wanted in ("pci.0", "pcie.0")
+                else next((bus for bus in self._buses if bus.name == wanted), None)
+            )
+            if found is None:
+                raise Error(f"Bus '{wanted}' not found")
+            if found.kind != model.bus:
+                raise Error(f"Device '{model.name}' can't go on {found.type_name} bus")
+            return found
+        if model.bus == self._root_bus.kind:
+            return self._root_bus
+        found = next((bus for bus in self._buses if bus.kind == model.bus), None)
+        if found is None:
+            raise Error(f"No '{model.bus}' bus found for device '{model.name}'")
+        return found
+
+    def _reserve_name(self, device_id: str | None) -> str:
+        if device_id is None:
+            self._anonymous += 1
+            return f"device[{self._anonymous - 1}]"
+        peripheral = self._tree.absolute("/machine/peripheral")
+        if device_id == "type" or (peripheral is not None and device_id in peripheral.children):
+            raise Error(f"Duplicate device ID '{device_id}'")
+        return device_id
+
+    def _set_properties(self, device: Device, options: Mapping[str, Any]) -> None:
+        model, schema = device.model, self._tree.schema
+        given = {name: value for name, value in options.items() if name not in _COMMAND_MEMBERS}
+        known = schema_properties(schema, model.struct, {})
+        readable = device.own_properties()
+        for name in given:
+            if name in known:
+                continue
+            if name == "type" or name in readable:
+                raise Error(f"Property '{model.name}.{name}' is not writable")
+            raise Error(f"Property '{model.name}.{name}' not found")
+        if "addr" in given and "addr" in known:
+            given["addr"] = pci_address(model.name, given["addr"])
+        values = schema.coerce(model.struct, given)
+        schema.validate(model.struct, values)
+        if values.get("scsi"):
+            raise Error("Parameter 'scsi' can only be off: virtio-blk passes no SCSI requests on any more")
+        for name in ("logical_block_size", "physical_block_size"):
+            _check_block_size(name, values.get(name, 0))
+        self._check_boot_index(values.get("bootindex", -1), device)
+        if "iothread" in values:
+            values["iothread"] = self._iothread(values["iothread"])
+        device.values.update((name, value) for name, value in values.items() if name not in HISTORIC)
+
+    def _check_boot_index(self, index: int, device: Device) -> None:
+        if index < 0:
+            return
+        for other in self._all():
+            if other is not device and other.values["bootindex"] == index:
+                raise Error(f"The bootindex {index} has already been used")
+
+    def _iothread(self, path: str) -> str:
+        if not path:
+            return ""
+        found = self._tree.resolve(path)
+        if not isinstance(found, IOThread):
+            raise Error("Invalid parameter type for 'iothread', expected: iothread")
+        return found.path
+
+    def _drive(self, device: Device, options: Mapping[str, Any]) -> Node | None:
+        name = device.values["drive"]
+        if not device.model.disk or not name:
+            return None
+        node = self._graph.find(name)
+        if node is None:
+            owner = device.model.owner("drive")
+            raise Error(f"Property '{owner}.drive' can't find value '{name}'")
+        return node
+
+    def _place(self, device: Device) -> None:
+        match device.bus:
+            case PCIBus():
+                device.values["addr"] = device.bus.place(device)
+            case SCSIBus():
+                place = device.bus.place(device)
+                device.values.update(zip(("channel", "scsi-id", "lun"), place, strict=True))
+
+    def _attach(self, device: Device, node: Node, path: str) -> None:
+        qdev = path if device.device_id is None else device.device_id
+        if device.model.inner is not None:
+            qdev = f"{path}/virtio-backend"
+        perm = Permission.CONSISTENT_READ
+        if not node.read_only:
+            perm |= Permission.WRITE
+        shared = _SHARED | (Permission.WRITE if device.values["share-rw"] else Permission.nothing())
+        backend = Backend(self._graph, qdev=qdev, device_id=device.device_id, perm=perm, shared=shared)
+        backend.attach(node)
+        device.backend = backend
+
+    def _commit(self, device: Device, name: str) -> None:
+        """Put the device and what it brings into the tree.  Nothing here fails."""
+        machine = self._tree.machine()
+        peripheral, anonymous = machine.container("peripheral"), machine.container("peripheral-anon")
+        if self._root_bus.parent is None:
+            if device.model.name == "pcie-root-port" and not device.hotplugged:
+                # Whoever has root ports from the start means a PCI Express machine, whose root takes
+                # nothing later: hot-plugged devices go into the ports.
+                self._root_bus.type_name, self._root_bus.name = "PCIE", "pcie.0"
+                self._root_bus.hotplug = False
+            machine.add(self._root_bus.name, self._root_bus)
+        (anonymous if device.device_id is None else peripheral).add(name, device)
+        device.bus.devices.append(device)
+        device.setters = {
+            "bootindex": lambda value: self._set_boot_index(device, value),
+            **({"drive": lambda value: self._set_drive(device, value)} if device.model.disk else {}),
+        }
+        half: DeviceHalf = device
+        if device.model.inner is not None:
+            half = DeviceHalf(device.model.inner, device)
+            half.backend, device.backend = device.backend, None
+            device.add("virtio-backend", half)
+        bus: Bus | None = None
+        if device.model.provides == "SCSI":
+            bus, bus_name = SCSIBus(), "scsi.0" if device.device_id is None else f"{device.device_id}.0"
+        elif device.model.provides == "PCI":
+            bus, bus_name = PCIBus("PCIE", root_port=True), device.device_id or f"pcie.{self._anonymous}"
+        if bus is not None:
+            half.add(bus_name, bus)
+            device.own_bus = bus
+            self._buses.insert(0, bus)
+
+    # -- changing
+
+    def _set_boot_index(self, device: Device, index: int) -> None:
+        self._check_boot_index(index, device)
+        device.values["bootindex"] = index
+
+    def _set_drive(self, device: Device, name: str) -> None:
+        node = self._graph.lookup(name, name)
+        backend = device.inner.backend
+        assert backend is not None, "a disk has a backend as long as it is plugged in"
+        before = backend.node
+        backend.detach()
+        try:
+            backend.attach(node)
+        except BaseException:
+            backend.attach(before)
+            raise
+        device.values["drive"] = name
+
+    # -- unplugging
+
+    def delete(self, device_id: str) -> None:
+        """Unplug a device, as `device_del` does.
+
+        :param device_id: its id, or its path in the object tree.
+        :raise Error: if it is not there or can't be unplugged.
+        """
+        half = self.find(device_id)
+        if half is not half.device:
+            raise Error("Bus 'virtio-bus' does not support hotplugging")
+        device = half.device
+        device.bus.check_hotplug()
+        events = self._unplug(device)
+        if device.model.bus == "SCSI":
+            # A SCSI disk needs no answer of the guest in QEMU either.
+            for event in events:
+                self._emit("DEVICE_DELETED", event)
+            return
+        self._waiting_events += events
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_EVENT_DELAY, self.send_deleted)
+
+    def _unplug(self, device: Device) -> list[dict[str, Any]]:
+        """Unplug a device and all that is plugged into it; returns the events' data."""
+        events: list[dict[str, Any]] = []
+        if device.own_bus is not None:
+            for child in reversed(device.own_bus.devices[:]):
+                events += self._unplug(child)
+            self._buses.remove(device.own_bus)
+        if device.inner is not device:
+            events.append({"path": device.inner.path})
+        events.append(
+            ({} if device.device_id is None else {"device": device.device_id}) | {"path": device.path}
+        )
+        if device.inner.backend is not None:
+            device.inner.backend.detach()
+        device.bus.devices.remove(device)
+        assert device.parent is not None
+        device.parent.remove(device)
+        return events
+
+    def send_deleted(self) -> None:
+        """Send the DEVICE_DELETED events that are due; before the daemon ends, all are."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        events, self._waiting_events = self._waiting_events, []
+        for event in events:
+            self._emit("DEVICE_DELETED", event)
+
+    def reset(self) -> None:
+        """Start the machine over, as `system_reset` does; devices keep their state."""
+        self._emit("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
+        self.send_deleted()
+
+    def close(self) -> None:
+        """Send the events that are due, and let go of all nodes."""
+        self.send_deleted()
+        for device in self._all():
+            if device.inner.backend is not None:
+                device.inner.backend.detach()
+
+    # -- looking
+
+    def _all(self) -> list[Device]:
+        return [device for bus in self._buses for device in bus.devices]
+
+    def find(self, device_id: str) -> DeviceHalf:
+        """The device with this id or path.
+
+        :raise DeviceNotFound: if there is nothing.
+        :raise Error: if what is there is no device.
+        """
+        path = device_id if device_id.startswith("/") else f"/machine/peripheral/{device_id}"
+        found = self._tree.absolute(path)
+        if found is None:
+            raise DeviceNotFound(f"Device '{device_id}' not found")
+        if not isinstance(found, DeviceHalf):
+            raise Error(f"{device_id} is not a device")
+        return found
+
+    def backend(self, device_id: str) -> Backend:
+        """What moves the data of the device with this id or path.
+
+        :raise Error: if there is no such device, or it has no disk (a virtio device's is one level below it).
+        """
+        backend = self.find(device_id).backend
+        if backend is None:
+            raise Error("Device does not have a block device backend")
+        return backend
+
+
+def _model(driver: object) -> Model:
+    """The model that `device_add` means.
+
+    :raise Error: if there is none, or it can't be plugged in.
+    """
+    if not isinstance(driver, str):
+        raise Error("Parameter 'driver' is missing")
+    name = ALIASES.get(driver, driver)
+    if name in MODELS:
+        return MODELS[name]
+    if name in INNER_BUS:
+        raise Error(f"No '{INNER_BUS[name]}' bus found for device '{name}'")
+    if name in TYPES and TYPES[name].abstract and implements(name, "device"):
+        raise Error("Parameter 'driver' expects a non-abstract device type")
+    raise Error(f"'{driver}' is not a valid device model name")
+
+
+def _check_block_size(name: str, size: int) -> None:
+    if size and (not _SECTOR <= size <= _MAX_BLOCK or size & (size - 1)):
+        raise Error(f"parameter {name} must be a power of 2 between {_SECTOR} and {_MAX_BLOCK}")
+
+
+# -- what a device needs to work
+
+
+def _prepare_disk(device: Device, node: Node | None) -> Node:
+    if node is None:
+        raise Error("drive property not set")
+    return node
+
+
+def _settle_disk(device: Device, node: Node) -> None:
+    """Check the geometry, and fill in what was left open."""
+    values = device.values
+    values["logical_block_size"] = logical = values["logical_block_size"] or _SECTOR
+    values["physical_block_size"] = values["physical_block_size"] or _SECTOR
+    if logical > values["physical_block_size"]:
+        raise Error("logical_block_size > physical_block_size not supported")
+    for name in ("min_io_size", "opt_io_size"):
+        if values[name] % logical:
+            raise Error(f"{name} must be a multiple of logical_block_size")
+    if values["discard_granularity"] != _UNSET_DISCARD and values["discard_granularity"] % logical:
+        raise Error("discard_granularity must be a multiple of logical_block_size")
+    if not (values["cyls"] or values["heads"] or values["secs"]):
+        values["heads"], values["secs"] = 16, 63
+        values["cyls"] = min(max(node.size // _SECTOR // (16 * 63), 2), 16383)
+
+
+def _prepare_virtio_blk(device: Device, node: Node | None) -> None:
+    disk, values = _prepare_disk(device, node), device.values
+    if values["disable-legacy"] == "on" and values["disable-modern"]:
+        raise Error("device cannot work as neither modern nor legacy mode is enabled")
+    if values["num-queues"] == AUTO_UINT16:
+        values["num-queues"] = 1
+    if values["num-queues"] == 0:
+        raise Error("num-queues property must be larger than 0")
+    if values["num-queues"] > _MAX_QUEUES:
+        raise Error(f"num-queues property must not be larger than {_MAX_QUEUES}")
+    size = values["queue-size"]
+    if size > 1024 or size & (size - 1):
+        raise Error(f"invalid queue-size property ({size}), must be a power of 2 (max 1024)")
+    if size <= 2:
+        raise Error(f"invalid queue-size property ({size}), must be > 2")
+    _settle_disk(device, disk)
+    values["serial"] = values["serial"][:_VIRTIO_SERIAL_MAX]
+    if values["vectors"] == AUTO_UINT32:
+        values["vectors"] = values["num-queues"] + 1
+
+
+def _prepare_virtio_scsi(device: Device, node: Node | None) -> None:
+    values = device.values
+    if values["num_queues"] == AUTO_UINT32:
+        values["num_queues"] = 1
+    most = _MAX_QUEUES - _SCSI_FIXED_QUEUES
+    if not 0 < values["num_queues"] <= most:
+        raise Error(
+            f"Invalid number of queues (= {values['num_queues']}), "
+            f"must be a positive integer less than {most}."
+        )
+    if values["vectors"] == AUTO_UINT32:
+        values["vectors"] = values["num_queues"] + _SCSI_FIXED_QUEUES + 1
+
+
+def _prepare_scsi_disk(device: Device, node: Node | None) -> None:
+    disk, values = _prepare_disk(device, node), device.values
+    if len(values["serial"]) > _SCSI_SERIAL_MAX:
+        raise Error(f"The serial number can't be longer than {_SCSI_SERIAL_MAX} characters")
+    _settle_disk(device, disk)
+    if values["discard_granularity"] == _UNSET_DISCARD:
+        values["discard_granularity"] = 4096
+
+
+def _prepare_root_port(device: Device, node: Node | None) -> None:
+    """Nothing is needed."""
+
+
+#: By the model's family.
+_PREPARE: Final[Mapping[str, Callable[[Device, Node | None], None]]] = {
+    "virtio-blk": _prepare_virtio_blk,
+    "virtio-scsi": _prepare_virtio_scsi,
+    "scsi-hd": _prepare_scsi_disk,
+    "pcie-root-port": _prepare_root_port,
+}
