@@ -6,21 +6,23 @@
 #   make lint     ruff, mypy --strict, import-linter
 #   make bench    compare with qemu-storage-daemon   (BENCH_ARGUMENTS=--quick for a short run)
 #
+#   make install install-units      as root: into $(PREFIX), with units for systemd
+#
 # PYTHON chooses the interpreter that the environment is made with (3.11 or newer).
 
 PYTHON ?= python3
 VENV ?= .venv
+PREFIX ?= /opt/qmpd
 DESTDIR ?=
-UNITDIR ?= /etc/systemd/system
 PYTEST_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := -m pip --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 TOOLS := $(VENV)/.tools-installed
 
-.PHONY: demo test lint bench install-units clean
+.PHONY: demo test lint bench install install-units clean
 .DEFAULT_GOAL := demo
 
 demo: $(RUNTIME)
@@ -37,10 +39,20 @@ lint: $(TOOLS)
 bench: $(RUNTIME)
 	@$(BIN)/python -m bench $(BENCH_ARGUMENTS)
 
-# The units for systemd; with DESTDIR they go into a directory tree instead of the running system.
+# An environment of its own, with the same exact versions.
+install:
+	rm -rf build
+	$(PYTHON) -m venv $(PREFIX)
+	$(PREFIX)/bin/python $(PIP) install --requirement requirements.txt
+	$(PREFIX)/bin/python $(PIP) install --no-deps --no-build-isolation .
+
+# The units, and the user that they run qmpd as; with DESTDIR into a directory tree.
 install-units:
-	install -d $(DESTDIR)$(UNITDIR)
-	install -m 644 contrib/systemd/qmpd.service contrib/systemd/qmpd.socket $(DESTDIR)$(UNITDIR)
+	install -d $(DESTDIR)/etc/systemd/system $(DESTDIR)/usr/lib/sysusers.d
+	sed 's|^ExecStart=/usr/bin/qmpd|ExecStart=$(PREFIX)/bin/qmpd|' contrib/systemd/qmpd.service \
+	    > $(DESTDIR)/etc/systemd/system/qmpd.service
+	install -m 644 contrib/systemd/qmpd.socket $(DESTDIR)/etc/systemd/system
+	install -m 644 contrib/systemd/qmpd.sysusers $(DESTDIR)/usr/lib/sysusers.d/qmpd.conf
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -60,11 +72,11 @@ $(BIN)/python:
 
 $(RUNTIME): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "Setting up $(VENV) ..."
-	@$(PIP) install --requirement requirements.txt
-	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(BIN)/python $(PIP) install --requirement requirements.txt
+	@$(BIN)/python $(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(TOOLS): requirements-dev.txt $(RUNTIME)
 	@echo "Setting up the tools of $(VENV) ..."
-	@$(PIP) install --requirement requirements-dev.txt
+	@$(BIN)/python $(PIP) install --requirement requirements-dev.txt
 	@touch $@

@@ -227,8 +227,12 @@ def _config(settings: Mapping[str, Any]) -> ChardevConfig:
 def _address(settings: Mapping[str, Any]) -> tuple[str | None, str | None, str | None, int | None]:
     """Return path, host, port and descriptor, of which one address is made."""
     if "path" in settings:
-        # An abstract address is a name that starts with a zero byte, here as in Python's sockets.
-        return ("\0" if settings.get("abstract") else "") + settings["path"], None, None, None
+        path = settings["path"]
+        if settings.get("abstract"):
+            # A name that starts with a zero byte, here as in Python's sockets; unless it is tight, more of them
+            # fill it up to the size of sun_path, as some programs have it.
+            path = "\0" + path if settings.get("tight", True) else ("\0" + path).ljust(108, "\0")
+        return path, None, None, None
     if "host" in settings:
         return None, settings["host"], settings["port"], None
     number = settings.get("fd", "")

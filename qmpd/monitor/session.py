@@ -1,10 +1,10 @@
-"""One client's conversation, without I/O: bytes in, requests and refusals out.
+"""One client's conversation, without I/O: bytes in, calls and refusals out.
 
 A session begins with the greeting and is *negotiating* until `qmp_capabilities`
 was done; then it is *ready*.  What each state allows is the table
-:data:`STATES`.  The shape of a request is checked when it has arrived, whether
-its command may run when its turn comes, because a command in front of it may be
-the one that ends the negotiation.  The order of the checks is QEMU's, for a
+:data:`STATES`.  A message is looked at when its turn comes, not when it
+arrives, because a command in front of it may be the one that ends the
+negotiation or enables a capability.  The order of the checks is QEMU's, for a
 client sees it in which error it gets.
 """
 
@@ -15,7 +15,6 @@ from enum import Enum, auto
 from typing import Any, Final, NamedTuple, Protocol
 
 from qmpd.errors import CommandNotFound, Error
-from qmpd.monitor import encode
 from qmpd.monitor.json_stream import JSONError, JSONStream
 
 #: What the greeting offers and `qmp_capabilities` may enable.
@@ -93,30 +92,21 @@ STATES: Final = {
 }
 
 
-class Request(NamedTuple):
-    """A request of the right shape.
+class Call(NamedTuple):
+    """A request that may be executed.
 
     :param name: the command.
-    :param arguments: empty if there are none.
-    :param oob: whether it came as `exec-oob`.
-    :param message: the request as it came, for its id.
+    :param command: its entry in the schema.
+    :param arguments: empty if there are none; not validated yet.
     """
 
     name: str
+    command: Command
     arguments: dict[str, Any]
-    oob: bool
-    message: Mapping[str, Any]
-
-
-class Refusal(NamedTuple):
-    """Something that is no request, and the reply to it."""
-
-    reply: dict[str, Any]
 
 
 _MEMBERS: Final = frozenset({"execute", "arguments", "id"})
 _MEMBERS_WITH_OOB: Final = _MEMBERS | {"exec-oob"}
-_NO_ID: Final[Mapping[str, Any]] = {}
 
 
 class Session:
@@ -143,52 +133,38 @@ class Session:
         """What the client is told before it has said a word."""
         return {"QMP": {"version": self._version, "capabilities": list(CAPABILITIES)}}
 
-    def receive(self, data: bytes) -> list[Request | Refusal]:
+    def receive(self, data: bytes) -> list[Any]:
         """Take what the client sent.
 
-        :return: the requests that are complete by now and the refusals of what was none, in order.
+        :return: the messages that are complete by now, in order, to be given to :meth:`admit` when
+            their turn comes.
         """
-        return [self._request(value) for value in self._stream.feed(data)]
+        return self._stream.feed(data)
 
-    def _request(self, message: Any) -> Request | Refusal:
+    def goes_first(self, message: Any) -> bool:
+        """Whether a message that has just come is not to wait for those before it."""
+        return self.oob and type(message) is dict and "exec-oob" in message and "execute" not in message
+
+    def admit(self, message: Any) -> Call:
+        """Decide whether a message is a request whose command may run now.
+
+        :raise Error: if the message is an error of the stream or no proper request, if the session's
+            state forbids the command, it does not exist, or it can't run out of band.
+        """
         if type(message) is not dict:
-            # An error of the stream stands for itself.
-            desc = message.desc if isinstance(message, JSONError) else "QMP input must be a JSON object"
-            return Refusal(encode.failure(Error.error_class, desc, _NO_ID))
-        try:
-            return self._shaped(message)
-        except Error as error:
-            return Refusal(encode.failure(error.error_class, error.desc, message))
-
-    def _shaped(self, message: dict[str, Any]) -> Request:
-        # The usual case, before anything is looked at closely.
-        if message.keys() <= _MEMBERS:
-            name = message.get("execute")
-            arguments = message.get("arguments", _NO_ID)
-            if type(name) is str and (arguments is _NO_ID or type(arguments) is dict):
-                return Request(name, arguments or {}, False, message)
-        return Request(*_checked(message), message)
-
-    def admit(self, request: Request) -> Command:
-        """Decide whether a command may run now that its turn has come.
-
-        :return: its entry in the schema.
-        :raise Error: if the session's state forbids it, it does not exist, or it can't run out of band.
-        """
+            raise message if isinstance(message, JSONError) else Error("QMP input must be a JSON object")
+        name, arguments, oob = _shape(message, _MEMBERS_WITH_OOB if self.oob else _MEMBERS)
         rule = STATES[self.state]
-        name = request.name
-        if request.oob and not self.oob:
-            raise Error("QMP input member 'exec-oob' is unexpected")
         if rule.only is not None and name != rule.only:
             raise CommandNotFound(rule.refusal)
         command = self._commands.get(name)
         if command is None:
             raise CommandNotFound(f"The command {name} has not been found")
-        if request.oob and not command.allow_oob:
+        if oob and not command.allow_oob:
             raise Error(f"The command {name} does not support OOB")
         if name == rule.never:
             raise CommandNotFound(rule.refusal)
-        return command
+        return Call(name, command, arguments)
 
     def negotiate(self, enable: Sequence[str] = ()) -> None:
         """Do `qmp_capabilities`, whose arguments are valid.
@@ -203,23 +179,25 @@ class Session:
         self.state = State.READY
 
 
-def _checked(message: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:
-    """A request's command, arguments and whether it is out of band.
+def _shape(message: dict[str, Any], members: frozenset[str]) -> tuple[str, dict[str, Any], bool]:
+    """A request's command, its arguments and whether it is to be executed out of band.
 
-    :raise Error: naming the member that is not as it should be.  A request with more than one
-        fault gets another of its errors from QEMU in some cases: there it is the first that a hash
-        table gives.
+    :param members: those that may be there.
+    :raise Error: naming the member that is not as it should be.  For a request with more than one
+        fault QEMU names another of them in some cases: there it is the first that a hash table gives.
     """
-    for member in message:
-        if member not in _MEMBERS_WITH_OOB:
-            raise Error(f"QMP input member '{member}' is unexpected")
+    if not message.keys() <= members:
+        unexpected = next(member for member in message if member not in members)
+        raise Error(f"QMP input member '{unexpected}' is unexpected")
     for member in ("exec-oob", "execute"):
-        if member in message and not isinstance(message[member], str):
+        if not isinstance(message.get(member, ""), str):
             raise Error(f"QMP input member '{member}' must be a string")
     oob = "exec-oob" in message
     if oob and "execute" in message:
         raise Error("QMP input member 'execute' clashes with 'exec-oob'")
-    arguments = message.get("arguments", {})
+    arguments = message.get("arguments")
+    if arguments is None and "arguments" not in message:
+        arguments = {}
     if not isinstance(arguments, dict):
         raise Error("QMP input member 'arguments' must be an object")
     if not oob and "execute" not in message:

@@ -172,7 +172,10 @@ class Schema:
         return introspection.schema_info(self._resolved)
 
     def json_schema(self) -> dict[str, Any]:
-        """Return the whole schema as a JSON Schema 2020-12 document; see :mod:`qmpd.qapi.json_schema`."""
+        """Return the whole schema as a JSON Schema 2020-12 document; see :mod:`qmpd.qapi.json_schema`.
+
+        Its definitions are the very ones that are enforced: do not change them.
+        """
         return self.definitions.document(self._resolved.commands, self._resolved.events)
 
     def reaches(self, type_name: str, wanted: str) -> bool:

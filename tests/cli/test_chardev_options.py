@@ -101,12 +101,22 @@ def test_any_value_survives_when_its_commas_are_doubled(settings: dict[str, str]
             "socket,id=m,path=a,,b,server,nowait",
             ChardevConfig(id="m", kind="socket", path="a,b", server=True, wait=False),
         ),
-        ("socket,id=m,path=s,server=on", ChardevConfig(id="m", kind="socket", path="s", server=True, wait=True)),
+        (
+            "socket,id=m,path=s,server=on",
+            ChardevConfig(id="m", kind="socket", path="s", server=True, wait=True),
+        ),
         ("socket,id=m,path=s", ChardevConfig(id="m", kind="socket", path="s", server=False, wait=False)),
-        ("backend=socket,id=m,path=s", ChardevConfig(id="m", kind="socket", path="s", server=False, wait=False)),
+        (
+            "backend=socket,id=m,path=s",
+            ChardevConfig(id="m", kind="socket", path="s", server=False, wait=False),
+        ),
         (
             "socket,id=m,path=s,server=on,wait=off,abstract=on",
             ChardevConfig(id="m", kind="socket", path="\0s", server=True, wait=False),
+        ),
+        (
+            "socket,id=m,path=s,server=on,wait=off,abstract=on,tight=off",
+            ChardevConfig(id="m", kind="socket", path="\0s" + "\0" * 106, server=True, wait=False),
         ),
         (
             "socket,id=m,host=::1,port=4444,server=on,wait=off",
@@ -197,7 +207,9 @@ def test_a_wrong_character_device_is_refused(text: str, message: str) -> None:
         ),
         (
             "tcp:[::1]:4444,server=on,wait=off",
-            ChardevConfig(id="compat_monitor0", kind="socket", host="::1", port="4444", server=True, wait=False),
+            ChardevConfig(
+                id="compat_monitor0", kind="socket", host="::1", port="4444", server=True, wait=False
+            ),
         ),
         ("stdio", ChardevConfig(id="compat_monitor0", kind="stdio")),
         ("mon:stdio", ChardevConfig(id="compat_monitor0", kind="stdio")),

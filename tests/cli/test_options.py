@@ -47,7 +47,9 @@ def test_the_order_is_kept() -> None:
 
 
 def test_what_follows_two_dashes_is_ignored() -> None:
-    assert list(scan(["--daemonize", "--", "foo", "--frobnicate"])) == [Option("daemonize", "", "--daemonize")]
+    assert list(scan(["--daemonize", "--", "foo", "--frobnicate"])) == [
+        Option("daemonize", "", "--daemonize")
+    ]
 
 
 @pytest.mark.parametrize(

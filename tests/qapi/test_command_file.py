@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpd.cli import check
@@ -70,6 +70,7 @@ def test_checking_goes_on_after_text_that_is_not_json(schema: Schema) -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("{}[]:,\"'\n ae"), max_size=60))
 def test_checking_any_text_ends_with_lines_in_order(schema: Schema, text: str) -> None:
     lines = [problem.line for problem in problems(schema, text)]

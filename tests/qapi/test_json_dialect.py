@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpd.errors import Error
@@ -25,11 +25,13 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(VALUES, st.booleans())
 def test_what_json_writes_is_read_back(value: Any, ascii_only: bool) -> None:
     assert parse_json(json.dumps(value, ensure_ascii=ascii_only)) == value
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("{}[],:'\"\\u0019-.eE truefalsnd\n"), max_size=25))
 def test_any_text_is_a_value_or_an_error(text: str) -> None:
     with suppress(Error):

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -65,6 +65,7 @@ ARGUMENTS = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["blockdev-add", "create", "nothing", "maybe", "negotiate", "count"]), ARGUMENTS)
 def test_the_export_in_standard_words_decides_as_the_daemon_does(
     schema: Schema, standard: Draft202012Validator, name: str, arguments: dict[str, Any]

@@ -4,7 +4,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpd.errors import Error
@@ -196,6 +196,7 @@ def test_what_cannot_be_turned_is_left_for_validation(schema: Schema) -> None:
 KEYS = st.sampled_from(["a", "b.c", "b.0", "b.1", "driver", "size", "cache.direct", "0", "help", "x..y", ""])
 
 
+@settings(deadline=None)
 @given(
     st.text(st.sampled_from("ab01.,=? -x"), max_size=20)
     | st.lists(st.tuples(KEYS, st.text(st.sampled_from("a1,=."), max_size=3)).map("=".join)).map(",".join)
@@ -205,6 +206,7 @@ def test_any_option_is_taken_or_refused(schema: Schema, text: str) -> None:
         schema.from_option("Options", text, "driver")
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.from_regex(r"[a-z][a-z0-9-]{0,5}", fullmatch=True), st.text(max_size=8), max_size=4)
 )

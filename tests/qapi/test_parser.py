@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpd.qapi import SchemaError, load
@@ -137,6 +137,7 @@ _WORDS = (
 _FRAGMENTS = st.sampled_from([*_WORDS.split(" "), "##\n# @A:\n##\n", "# c\n", "\n"])
 
 
+@settings(deadline=None)
 @given(st.lists(_FRAGMENTS, max_size=40).map(" ".join) | st.text(max_size=80))
 def test_any_text_is_a_schema_or_a_schema_error(text: str) -> None:
     with suppress(SchemaError):
@@ -161,6 +162,7 @@ _DEFINITIONS = st.fixed_dictionaries(
 _KINDS = st.sampled_from(["struct", "union", "alternate", "enum", "command", "event"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(_KINDS, _NAMES, _DEFINITIONS), max_size=5))
 def test_well_formed_definitions_are_a_schema_or_a_schema_error(definitions: list[tuple]) -> None:
     text = "\n".join(repr({kind: name} | rest) for kind, name, rest in definitions)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpd.errors import Error
@@ -277,6 +277,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["blockdev-add", "create", "count", "negotiate", "device_add", "maybe"]),
     st.dictionaries(

@@ -2,52 +2,43 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from qmpd.qapi import schema_directory
+from qmpd.qapi import load, schema_directory
+from qmpd.qapi.types import BUILTINS, QTYPE, AlternateType, EnumType, ObjectType
 
+SCHEMA: Final = load(schema_directory())
 FILES: Final = sorted(Path(schema_directory()).glob("*.json"))
 
-#: A documentation block directly before an expression.
-EXPLAINED: Final = re.compile(r"^##\n(?P<doc>(?:^#(?: .*)?\n)+?)##\n(?P<expression>^\{(?:.*\n)+?)(?=\n|\Z)", re.M)
-DEFINITION: Final = re.compile(
-    r"^\{ '(?:struct|union|alternate|enum|command|event)': '(?P<name>[^']+)'", re.M
-)
+
+def test_every_command_and_event_is_explained() -> None:
+    definitions = [*SCHEMA.commands.values(), *SCHEMA.events.values()]
+    assert [definition.name for definition in definitions if not definition.doc] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_definition_has_a_block_of_its_own(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    explained = set()
-    for block in EXPLAINED.finditer(text):
-        name = DEFINITION.match(block["expression"])
-        if name is not None:
-            assert block["doc"].startswith(f"# @{name['name']}:\n"), f"the block before {name['name']}"
-            explained.add(name["name"])
-    assert explained == {found["name"] for found in DEFINITION.finditer(text)}
+def test_every_type_that_has_a_name_is_explained() -> None:
+    named = [
+        name
+        for name in SCHEMA.types
+        if name not in BUILTINS and ":" not in name and not name.startswith("[")  # made up by the parser
+    ]
+    assert len(named) > 50
+    assert [name for name in named if not SCHEMA.types[name].doc] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_member_is_explained(path: Path) -> None:
-    for block in EXPLAINED.finditer(path.read_text(encoding="utf-8")):
-        expression = block["expression"]
-        name = DEFINITION.match(expression)
-        if name is None:
-            continue
-        if expression.startswith("{ 'enum'"):
-            values = re.findall(r"'([^']+)'", expression.partition("'data':")[2])
-            members = {value for value in values if value not in ("name", "features", "deprecated")}
-        elif expression.startswith("{ 'union'"):
-            members = set(re.findall(r"'\*?([^']+)': ", expression.partition("'discriminator'")[0])) - {"union", "base"}
-        else:
-            data = re.search(r"'data': (\{.*?\})(?:,\n  '|\s*\}\s*\Z)", expression, re.S)
-            members = set(re.findall(r"'\*?([^']+)': ", data[1] if data else "")) - {"type", "features"}
-        documented = set(re.findall(r"^# @([^ :]+):", block["doc"], re.M)) - {name["name"]}
-        assert members <= documented, f"{name['name']}: {members - documented}"
+def test_every_member_and_value_is_explained() -> None:
+    unexplained = []
+    for name, type_ in SCHEMA.types.items():
+        parts = ()
+        if isinstance(type_, ObjectType | AlternateType):
+            parts = type_.members
+        elif isinstance(type_, EnumType) and type_ is not QTYPE:
+            parts = type_.values
+        unexplained += [f"{name}.{part.name}" for part in parts if not part.doc]
+    assert unexplained == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -1,0 +1,135 @@
+"""From a message to its reply: admit, validate, call the handler, answer.
+
+A handler is a plain function or an `async def`, called with the arguments.  Plain
+functions run at once.  Calling an `async def` only makes a coroutine object of
+which nothing has run, so there is nothing to decide in advance: whatever can be
+awaited is handed back as :class:`Unfinished`, and the connection awaits it in a
+task.  (Starting it here with `send(None)`, to save the task where it does not
+wait, would be faster, but `asyncio.current_task()` and `asyncio.timeout()` would
+fail up to the first wait, and find another task after it.)
+
+A refusal (:class:`qmpd.errors.Error`) is told to the client.  Anything else that
+a handler raises is a fault of ours: logged, answered as GenericError, and the
+daemon lives on.  Neither the log nor the reply quotes the exception's text or the
+arguments, because they may hold a passphrase.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+
+from qmpd.errors import Error
+from qmpd.monitor.encode import failure, success
+from qmpd.monitor.session import NEGOTIATION, Call, Schema, Session
+
+_logger = logging.getLogger(__name__)
+
+#: Arguments in QAPI's names to a plain JSON value.
+Handler = Callable[[dict[str, Any]], Any | Awaitable[Any]]
+
+
+class Reply(NamedTuple):
+    """A reply to be sent.
+
+    :param message: the members on the wire, in order.
+    :param may_have_doubles: see :func:`qmpd.monitor.encode.encode`.
+    """
+
+    message: dict[str, Any]
+    may_have_doubles: bool
+
+
+class Unfinished(NamedTuple):
+    """A command whose handler is to be awaited: not begun yet."""
+
+    call: Call
+    message: Mapping[str, Any]
+    awaitable: Awaitable[Any]
+
+
+def trace(error: BaseException) -> str:
+    """Where an exception came from, with those that led to it, but without their texts."""
+    lines: list[str] = []
+    while True:
+        lines = [*traceback.format_tb(error.__traceback__), f"{type(error).__qualname__}\n", *lines]
+        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if cause is None:
+            return "Traceback (most recent call last):\n" + "".join(lines)
+        error = cause
+        lines.insert(0, "led to:\n")
+
+
+class Dispatcher:
+    """All the commands of a daemon, for any number of sessions.
+
+    :param schema: says which commands there are and what they take.
+    :param handlers: one for each command, except `qmp_capabilities`, which is the session's.
+    :raise ValueError: if a command has no handler, or a handler no command.
+    """
+
+    def __init__(self, schema: Schema, handlers: Mapping[str, Handler]) -> None:
+        commands = schema.commands.keys() - {NEGOTIATION}
+        without = sorted(commands - handlers.keys())
+        unknown = sorted(handlers.keys() - commands - {NEGOTIATION})
+        if without or unknown:
+            raise ValueError(f"commands without a handler: {without}, handlers without a command: {unknown}")
+        self.schema = schema
+        self._handlers = dict(handlers)
+
+    def begin(self, session: Session, message: Any) -> Reply | Unfinished | None:
+        """Execute a message of a session.
+
+        :param message: what :meth:`Session.receive` returned.
+        :return: the reply, None if the command is one that does not answer, or what is to be
+            given to :meth:`finish` within a task.
+        """
+        name = None
+        try:
+            call = session.admit(message)
+            name = call.name
+            call.command.validate(call.arguments)
+            if name == NEGOTIATION:
+                session.negotiate(call.arguments.get("enable", ()))
+                value: Any = {}
+            else:
+                value = self._handlers[name](call.arguments)
+                if inspect.isawaitable(value):
+                    return Unfinished(call, message, value)
+        except Exception as error:
+            return _refused(error, name, message)
+        return _done(call, value, message)
+
+    async def finish(self, unfinished: Unfinished) -> Reply | None:
+        """Await the rest of a command; raises nothing but cancellation."""
+        call, message, awaitable = unfinished
+        try:
+            value = await awaitable
+        except Exception as error:
+            return _refused(error, call.name, message)
+        return _done(call, value, message)
+
+
+def _done(call: Call, value: Any, message: Mapping[str, Any]) -> Reply | None:
+    command = call.command
+    if not command.success_response:
+        return None
+    reply = success(value, message)
+    return Reply(reply, command.returns_number or type(reply.get("id", "")) not in (str, int))
+
+
+def _refused(error: Exception, name: str | None, message: Any) -> Reply:
+    request = message if type(message) is dict else {}
+    if isinstance(error, Error):
+        return Reply(failure(error.error_class, error.desc, request), True)
+    kind = type(error).__qualname__
+    _logger.error(
+        "command %s failed unexpectedly; the error's text is left out, it may quote a secret\n%s",
+        name,
+        trace(error),
+    )
+    desc = f"Internal error in command '{name}': {kind} (the daemon's log says more)"
+    return Reply(failure(Error.error_class, desc, request), True)
