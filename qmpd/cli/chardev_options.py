@@ -229,8 +229,8 @@ def _address(settings: Mapping[str, Any]) -> tuple[str | None, str | None, str |
     if "path" in settings:
         path = settings["path"]
         if settings.get("abstract"):
-            # A name that starts with a zero byte, here as in Python's sockets; unless it is tight, more of them
-            # fill it up to the size of sun_path, as some programs have it.
+            # A name that starts with a zero byte, here as in Python's sockets; unless it is tight, more of
+            # them fill it up to the size of sun_path, as some programs have it.
             path = "\0" + path if settings.get("tight", True) else ("\0" + path).ljust(108, "\0")
         return path, None, None, None
     if "host" in settings:

@@ -20,11 +20,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn, TextIO
+from typing import Any, Final, NoReturn, TextIO, cast
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
                 screen.say(f"The files are in {directory}")
             else:
                 shutil.rmtree(directory, ignore_errors=True)
-    except (DemoError, QMPError, OSError, asyncio.TimeoutError) as error:
+    except (DemoError, QMPError, OSError, TimeoutError) as error:
         if isinstance(error, BrokenPipeError):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -279,7 +279,8 @@ class Demo:
         while True:
             event = await asyncio.wait_for(listener.get(), PATIENCE)
             self.screen.message("<-", event, "event")
-            if data.items() <= event["data"].items():
+            told = cast("Mapping[str, Any]", event["data"])
+            if all(told.get(key) == value for key, value in data.items()):
                 return
 
     async def _make_header(self) -> None:
@@ -376,24 +377,24 @@ class Demo:
         self._check(
             self.header.read_bytes().startswith(LUKS_MAGIC), "the header file begins with a LUKS header"
         )
-        pattern = bytes([PATTERN]) * 16
+        plaintext = bytes([PATTERN]) * 16
         held = 0
         with self.payload.open("rb") as payload:
-            for start, end in _extents(payload.fileno(), self.size):
-                # The payload is sparse: what was never written is a hole, and not read.
-                data = os.pread(payload.fileno(), end - start, start)
-                held += len(data)
-                self._check_not(LUKS_MAGIC in data, f"the payload holds a LUKS header after byte {start}")
-                self._check_not(pattern in data, f"the payload holds plaintext after byte {start}")
+            for start, length in _pieces(payload.fileno(), self.size):
+                held += length
+                # With some bytes more, so that nothing hides at a border.
+                data = os.pread(payload.fileno(), length + len(plaintext), start)
+                if LUKS_MAGIC in data:
+                    raise DemoError(f"the payload holds a LUKS header after byte {start}")
+                if plaintext in data:
+                    raise DemoError(f"the payload holds plaintext after byte {start}")
             written = os.pread(payload.fileno(), LENGTH, OFFSET)
         self._check(os.stat(self.payload).st_size == self.size, "the payload has the size that it had")
         self._check(
             len(set(written)) == 256,
             f"bytes {OFFSET} to {OFFSET + LENGTH} of the payload look like noise",
         )
-        self._check(
-            held < self.size, f"the payload holds {held} bytes, with no header and no plaintext in them"
-        )
+        self.screen.good(f"the payload holds {held} bytes, with no header and no plaintext in them")
 
     def _ask_others(self) -> None:
         """Open header and payload with other programs, those that are there."""
@@ -405,14 +406,10 @@ class Demo:
         image += f",header.driver=file,header.filename={self.header}"
         secret = f"secret,id=key,file={key}"
         read = f"read -P {PATTERN:#x} {OFFSET} {LENGTH}"
-        # --master-key-file and mappings need privileges; a test of the passphrase needs none.
+        unlock = ["cryptsetup", "open", "--test-passphrase", "--type", "luks1", "--key-file", str(key)]
         for command, oldest in (
             (["cryptsetup", "luksDump", str(self.header)], ""),
-            (
-                ["cryptsetup", "open", "--test-passphrase", "--type", "luks1", "--key-file", str(key)]
-                + ["--header", str(self.header), str(self.payload)],
-                "",
-            ),
+            ([*unlock, "--header", str(self.header), str(self.payload)], ""),
             (["qemu-img", "info", "--object", secret, "--image-opts", image], "9.0"),
             (["qemu-io", "--object", secret, "--image-opts", image, "-c", read], "9.0"),
         ):
@@ -440,23 +437,20 @@ class Demo:
             raise DemoError(f"not as it should be: {promise}")
         self.screen.good(promise)
 
-    def _check_not(self, holds: bool, problem: str) -> None:
-        if holds:
-            raise DemoError(problem)
 
-
-def _extents(descriptor: int, size: int) -> list[tuple[int, int]]:
-    """Return the parts of a sparse file that hold data, as (start, end) in bytes."""
-    extents = []
-    end = 0
-    while end < size:
+def _pieces(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a sparse file that were written, as (start, length) in bytes, none above 1 MiB."""
+    position = 0
+    while position < size:
         try:
-            start = os.lseek(descriptor, end, os.SEEK_DATA)
+            position = os.lseek(descriptor, position, os.SEEK_DATA)
         except OSError:  # ENXIO: only a hole is left
-            break
-        end = os.lseek(descriptor, start, os.SEEK_HOLE)
-        extents.append((start, end))
-    return extents
+            return
+        end = os.lseek(descriptor, position, os.SEEK_HOLE)
+        while position < end:
+            length = min(1 << 20, end - position)
+            yield position, length
+            position += length
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -35,6 +35,9 @@ def blockdev_create(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     options = arguments["options"]
     if options["driver"] not in CREATORS:
         raise Error("Driver does not support blockdev-create")
+    if options.get("size", 0) < 0:
+        # QMP takes a negative number for an unsigned one, and so it is a very large one.
+        options = {**options, "size": options["size"] % (1 << 64)}
     if "size" not in options and "header" not in options:
         # A detached header can be made alone; whatever has a payload has a size.
         raise Error("Parameter 'options.size' is missing")

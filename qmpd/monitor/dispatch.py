@@ -97,7 +97,7 @@ class Dispatcher:
                 value: Any = {}
             else:
                 value = self._handlers[name](call.arguments)
-                if inspect.isawaitable(value):
+                if type(value) is not dict and inspect.isawaitable(value):
                     return Unfinished(call, message, value)
         except Exception as error:
             return _refused(error, name, message)

@@ -105,7 +105,7 @@ class Device(DeviceHalf):
             self.setters[name](value)
             return
         if name == "realized":
-            raise Error(f"Property '{self.type_name}.realized' can't be set; use device_del to unplug a device")
+            raise Error(f"Property '{self.type_name}.realized' can't be set; use device_del")
         owner = self.model.owner(name)
         named = owner == self.type_name and self.device_id is not None
         which = f"device '{self.device_id}'" if named else "anonymous device"

@@ -243,14 +243,18 @@ class Devices:
         node = self._graph.lookup(name, name)
         backend = device.inner.backend
         assert backend is not None, "a disk has a backend as long as it is plugged in"
-        before = backend.node
+        before, place = backend.node, self._graph.backends.index(backend)
         backend.detach()
         try:
             backend.attach(node)
+            device.values["drive"] = name
         except BaseException:
             backend.attach(before)
             raise
-        device.values["drive"] = name
+        finally:
+            # query-block lists disks in the order in which they came.
+            self._graph.backends.remove(backend)
+            self._graph.backends.insert(place, backend)
 
     # -- unplugging
 

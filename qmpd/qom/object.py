@@ -88,9 +88,7 @@ class Object:
         :raise Error: if the name is taken.
         """
         if name == "type" or name in self.children:
-            raise Error(
-                f"attempt to add duplicate property '{name}' to object (type '{self.type_name}')"
-            )
+            raise Error(f"attempt to add duplicate property '{name}' to object (type '{self.type_name}')")
         self.children[name] = child
         child.parent, child.name = self, name
 

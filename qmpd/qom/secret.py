@@ -69,7 +69,7 @@ class Secret(UserCreatable):
             # The tree is open to other clients while the file is read: the id is taken already.
             value = await asyncio.to_thread(read_file, options["file"])
         elif "data" in options:
-            value = bytearray(options["data"].encode(errors="surrogateescape"))
+            value = _bytes_of(options["data"])
         else:
             raise Error("Either 'file' or 'data' must be provided")
         try:
@@ -115,6 +115,19 @@ class Secret(UserCreatable):
         """Set a property.  As in QEMU the bytes stay what they were when the object was made."""
         if name != "data":
             setattr(self, f"_{name}", value)
+
+
+def _bytes_of(text: str) -> bytearray:
+    """The bytes that a client, or the shell, sent as `text`.
+
+    :raise Error: if it is no text.
+    """
+    try:
+        return bytearray(text.encode(errors="surrogateescape"))
+    except UnicodeEncodeError:
+        pass
+    # Raised outside the handler: the encoder's exception holds the text, and must not be chained to.
+    raise Error("Parameter 'data' expects valid Unicode")
 
 
 def wipe(buffer: bytearray) -> None:
@@ -206,7 +219,7 @@ def _decrypt(
             raise Error(f"Key should be {_KEY_BYTES} bytes in length")
         if "iv" not in options:
             raise Error("IV is required to decrypt secret")
-        initial = decode_base64(options["iv"].encode(errors="surrogateescape"))
+        initial = decode_base64(_bytes_of(options["iv"]))
         if len(initial) != _BLOCK_BYTES:
             raise Error(f"IV should be {_BLOCK_BYTES} bytes in length not {len(initial)}")
         text = decode_base64(value) if format_ == "base64" else value
@@ -241,5 +254,3 @@ def check_utf8(secret_id: str, value: bytearray) -> None:
         return
     # Raised outside the handler: the decoder's exception holds the bytes, and must not be chained to.
     raise Error(f"Data from secret {secret_id} is not valid UTF-8")
-
-

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _VALUE_MAX: Final = 10**15
 _LENGTH_MAX: Final = (1 << 32) - 1
 _PREFIX: Final = "x-"
+_LENGTH: Final = "-max-length"
 
 _KINDS: Final = ("iops", "bps")
 _DIRECTIONS: Final = ("total", "read", "write")
@@ -44,6 +45,9 @@ class ThrottleGroup(UserCreatable):
             if name.startswith(_PREFIX):
                 if options[name] < 0:
                     raise Error("Property values cannot be negative")
+                if name.endswith(_LENGTH) and options[name] > _LENGTH_MAX:
+                    # Without the space: so QEMU writes it, here and not below.
+                    raise Error(f"{name} value must be in therange [0, {_LENGTH_MAX}]")
                 self._limits[name.removeprefix(_PREFIX)] = options[name]
         if "limits" in options:
             self._limits = merged(self._limits, options["limits"])
@@ -75,7 +79,7 @@ def merged(limits: Mapping[str, int], changes: Mapping[str, int]) -> dict[str, i
     :raise Error: if they contradict each other then.
     """
     for name, value in changes.items():
-        if name.endswith("-max-length") and value > _LENGTH_MAX:
+        if name.endswith(_LENGTH) and value > _LENGTH_MAX:
             raise Error(f"{name} value must be in the range [0, {_LENGTH_MAX}]")
     result = {**limits, **changes}
     check(result)
@@ -92,9 +96,7 @@ def check(limits: Mapping[str, int]) -> None:
             if limits[f"{kind}-total{suffix}"] and (
                 limits[f"{kind}-read{suffix}"] or limits[f"{kind}-write{suffix}"]
             ):
-                raise Error(
-                    "bps/iops/max total values and read/write values cannot be used at the same time"
-                )
+                raise Error("bps/iops/max total values and read/write values cannot be used at the same time")
     if limits["iops-size"] and not any(limits[f"iops-{direction}"] for direction in _DIRECTIONS):
         raise Error("iops size requires an iops value to be set")
     for kind in _KINDS:

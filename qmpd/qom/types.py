@@ -57,9 +57,7 @@ _TABLE: Final = (
     TypeInfo("pci-device", "device", abstract=True),
     TypeInfo("virtio-pci", "pci-device", abstract=True),
     TypeInfo("virtio-blk-pci-base", "virtio-pci", abstract=True),
-    TypeInfo(
-        "virtio-blk-pci", "virtio-blk-pci-base", interfaces=_BOTH, struct="VirtioBlkPciProperties"
-    ),
+    TypeInfo("virtio-blk-pci", "virtio-blk-pci-base", interfaces=_BOTH, struct="VirtioBlkPciProperties"),
     TypeInfo(
         "virtio-blk-pci-transitional",
         "virtio-blk-pci-base",
@@ -73,9 +71,7 @@ _TABLE: Final = (
         struct="VirtioBlkPciProperties",
     ),
     TypeInfo("virtio-scsi-pci-base", "virtio-pci", abstract=True),
-    TypeInfo(
-        "virtio-scsi-pci", "virtio-scsi-pci-base", interfaces=_BOTH, struct="VirtioScsiPciProperties"
-    ),
+    TypeInfo("virtio-scsi-pci", "virtio-scsi-pci-base", interfaces=_BOTH, struct="VirtioScsiPciProperties"),
     TypeInfo(
         "virtio-scsi-pci-transitional",
         "virtio-scsi-pci-base",

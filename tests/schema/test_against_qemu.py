@@ -105,6 +105,11 @@ ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
     ("blockdev-add<luks>", "header-file", "is the member's name in early proposals, and deprecated"),
 )
 
+#: Members that QEMU insists on and qmpd does not.
+OPTIONAL_HERE: Final[Mapping[str, str]] = {
+    "blockdev-create.options<luks>.size": "a detached header can be made alone; else the command asks for it",
+}
+
 #: Commands and events that one of QEMU's two programs has and the other has not.
 OF_THE_MACHINE: Final = frozenset(
     {"device_add", "device_del", "human-monitor-command", "system_reset", "DEVICE_DELETED", "RESET"}
@@ -115,14 +120,15 @@ OF_THE_MACHINE: Final = frozenset(
 class Comparison:
     """Two introspections, and where they differ.
 
-    ``only_ours`` and ``only_theirs`` hold (place, name); ``wrong`` holds what
-    no table excuses.
+    ``only_ours`` and ``only_theirs`` hold (place, name), ``optional_here`` the
+    places of members that only QEMU insists on, ``wrong`` what no table excuses.
     """
 
     ours: Mapping[str, Entity]
     theirs: Mapping[str, Entity]
     only_ours: set[tuple[str, str]] = field(default_factory=set)
     only_theirs: set[tuple[str, str]] = field(default_factory=set)
+    optional_here: set[str] = field(default_factory=set)
     wrong: list[str] = field(default_factory=list)
     _met: set[tuple[str, str]] = field(default_factory=set)
 
@@ -181,7 +187,10 @@ class Comparison:
     def _objects(self, place: str, our: Entity, their: Entity) -> None:
         for our_member, their_member in self._members(place, our, their):
             inner = f"{place}.{our_member['name']}"
-            self._same(inner, "optional", "default" in our_member, "default" in their_member)
+            if "default" in our_member and "default" not in their_member:
+                self.optional_here.add(inner)
+            else:
+                self._same(inner, "optional", "default" in our_member, "default" in their_member)
             self.types(inner, our_member["type"], their_member["type"])
         ours = {variant["case"]: variant["type"] for variant in our.get("variants", ())}
         theirs = {variant["case"]: variant["type"] for variant in their.get("variants", ())}
@@ -224,6 +233,11 @@ def test_what_both_have_looks_the_same(comparison: Comparison) -> None:
 
 
 @pytest.mark.peer("qemu-storage-daemon")
+def test_what_is_optional_only_here_is_listed_with_a_reason(comparison: Comparison) -> None:
+    assert comparison.optional_here == OPTIONAL_HERE.keys()
+
+
+@pytest.mark.peer("qemu-storage-daemon")
 def test_what_only_qemu_has_is_listed_with_a_reason(comparison: Comparison) -> None:
     assert comparison.only_theirs == excused(ONLY_QEMU)
 
@@ -257,3 +271,4 @@ def test_commands_of_the_machine_look_the_same() -> None:
     assert comparison.wrong == []
     assert comparison.only_theirs == set()
     assert comparison.only_ours == set()
+    assert comparison.optional_here == set()

@@ -32,7 +32,10 @@ class NullCoNode(Node):
         if size < 0:
             raise Error(f"Value '{size}' is out of range for parameter 'size'")
         self._size = -(-size // SECTOR) * SECTOR
-        self._latency = options.get("latency-ns", 0) / 1e9
+        latency: int = options.get("latency-ns", 0)
+        if latency < 0:
+            raise Error("latency-ns is invalid")
+        self._latency = latency / 1e9
 
     @property
     def size(self) -> int:

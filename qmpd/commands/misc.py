@@ -1,0 +1,19 @@
+"""Commands of `schema/misc.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from qmpd.commands import human
+from qmpd.commands.parts import Handler, Parts
+
+
+async def human_monitor_command(parts: Parts, arguments: dict[str, Any]) -> str:
+    """Execute a line of the text monitor."""
+    return await human.execute(parts, arguments["command-line"])
+
+
+HANDLERS: Final[Mapping[str, Handler]] = {
+    "human-monitor-command": human_monitor_command,
+}

@@ -1,0 +1,140 @@
+"""A daemon: the one place that constructs the parts and connects them.
+
+Everything hangs from a :class:`Daemon`, so a process can hold several.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from typing import Any, Final, TextIO
+
+from qmpd import __version__
+from qmpd.block.drivers import DRIVERS
+from qmpd.block.graph import Graph
+from qmpd.commands import table
+from qmpd.commands.parts import Parts
+from qmpd.errors import Error
+from qmpd.jobs import Jobs
+from qmpd.monitor.chardev import Chardev, ChardevConfig, open_chardev
+from qmpd.monitor.dispatch import Dispatcher
+from qmpd.monitor.server import Monitor
+from qmpd.qapi import load, schema_directory
+from qmpd.qom.devices import Devices
+from qmpd.qom.tree import ObjectTree
+
+#: The version of QEMU whose behaviour this is, and ours (VersionInfo).
+VERSION: Final[Mapping[str, Any]] = {
+    "qemu": {"micro": 2, "minor": 0, "major": 10},
+    "package": f"qmpd-{__version__}",
+}
+
+
+class Daemon:
+    """All of one storage daemon.  To be made inside a running event loop.
+
+    :param stdout: where qemu-io's output goes; by default the process's.
+    """
+
+    def __init__(self, *, stdout: TextIO | None = None) -> None:
+        self.schema = load(schema_directory())
+        self._objects = ObjectTree(self.schema)
+        self._graph = Graph(DRIVERS, secrets=self._objects.secret_bytes)
+        self._jobs = Jobs(self._emit)
+        self._devices = Devices(self._graph, self._objects, self._emit)
+        parts = Parts(
+            schema=self.schema,
+            graph=self._graph,
+            objects=self._objects,
+            devices=self._devices,
+            jobs=self._jobs,
+            emit=self._emit,
+            version=VERSION,
+            chardevs=self._list_chardevs,
+            quit=self.quit,
+            stdout=stdout or sys.stdout,
+        )
+        self._dispatcher = Dispatcher(self.schema, table.handlers(parts))
+        self._chardevs: dict[str, Chardev] = {}
+        self._monitors: dict[str, Monitor] = {}
+        self._ending = asyncio.Event()
+
+    # -- what a command line asks for
+
+    async def add_object(self, options: dict[str, Any]) -> None:
+        """Make an object.
+
+        :param options: ObjectOptions, validated.
+        :raise Error: if it can't be made.
+        """
+        await self._objects.add(options)
+
+    async def add_blockdev(self, options: dict[str, Any]) -> None:
+        """Open a node.
+
+        :param options: BlockdevOptions, validated.
+        :raise Error: if it can't be opened.
+        """
+        await self._graph.add(options)
+
+    async def add_device(self, options: dict[str, Any]) -> None:
+        """Plug a device.
+
+        :param options: as for `device_add`.
+        :raise Error: if it can't be plugged.
+        """
+        self._devices.add(options, hotplugged=False)
+
+    async def add_chardev(self, config: ChardevConfig) -> None:
+        """Open a character device; with `wait` returns when a client is there.
+
+        :raise Error: if its id is taken or it can't be opened.
+        """
+        if config.id in self._chardevs:
+            raise Error(f"Chardev with id '{config.id}' already exists")
+        self._chardevs[config.id] = await open_chardev(config)
+
+    async def add_monitor(self, chardev_id: str, pretty: bool) -> None:
+        """Serve QMP on a character device.
+
+        :raise Error: if there is none with this id, or it is taken.
+        """
+        chardev = self._chardevs.get(chardev_id)
+        if chardev is None:
+            raise Error(f"chardev '{chardev_id}' not found")
+        if chardev_id in self._monitors:
+            raise Error(f"chardev '{chardev_id}' is already in use")
+        monitor = Monitor(self._dispatcher, VERSION, pretty)
+        self._monitors[chardev_id] = monitor
+        await chardev.serve(monitor)
+
+    # -- its life
+
+    async def run(self) -> None:
+        """Return when the daemon has been told to end."""
+        await self._ending.wait()
+
+    def quit(self) -> None:
+        """Execute no further command, and end."""
+        for monitor in self._monitors.values():
+            monitor.stop()
+        self._ending.set()
+
+    async def close(self) -> None:
+        """Take everything down, top first: clients get their last replies and events."""
+        await self._jobs.close()
+        self._devices.close()
+        for monitor in self._monitors.values():
+            await monitor.close()
+        for chardev in self._chardevs.values():
+            await chardev.close()
+        await self._graph.close()
+        self._objects.close()
+
+    def _emit(self, name: str, data: dict[str, Any]) -> None:
+        for monitor in self._monitors.values():
+            monitor.emit(name, data)
+
+    def _list_chardevs(self) -> list[dict[str, Any]]:
+        return [chardev.info() for chardev in self._chardevs.values()]

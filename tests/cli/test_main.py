@@ -1,0 +1,259 @@
+"""The program from outside: exit status, standard output, standard error, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import StartDaemon
+from daemons import CHECKOUT, PATIENCE, QMPD, Connection, RunningDaemon
+
+from qmpd import __version__
+
+
+def run(*arguments: str, directory: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run qmpd to its end, with *text* on its standard input."""
+    return subprocess.run(
+        [*QMPD, *arguments],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("option", ["--version", "-V", "--vers"])
+def test_the_version_is_told(option: str, tmp_path: Path) -> None:
+    result = run(option, directory=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"qmpd version {__version__}\n", "")
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "--he"])
+def test_help_fits_a_terminal_and_names_every_option(option: str, tmp_path: Path) -> None:
+    result = run(option, directory=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert max(map(len, result.stdout.splitlines())) < 80
+    for name in ("object", "blockdev", "chardev", "monitor", "pidfile", "daemonize", "version", "help"):
+        assert f"--{name}" in result.stdout
+    for name in ("device", "qmp", "log", "loop", "trace"):
+        assert f"--{name}" in result.stdout
+
+
+def test_help_and_version_come_before_what_is_wrong_behind_them(tmp_path: Path) -> None:
+    assert run("--object", "nope", "--version", "--frobnicate", directory=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--frobnicate"], "unrecognized option '--frobnicate'"),
+        (["--object"], "option '--object' requires an argument"),
+        (["--frob", "--version"], "unrecognized option '--frob'"),
+        (["foo"], "foo: Unexpected argument"),
+        (
+            ["--blockdev", "driver=nope,node-name=n"],
+            "--blockdev driver=nope,node-name=n: Parameter 'driver' does not accept value 'nope'",
+        ),
+        (
+            ["--blockdev", "driver=file,node-name=f,filename=missing.img"],
+            "--blockdev driver=file,node-name=f,filename=missing.img:"
+            " Could not open 'missing.img': No such file or directory",
+        ),
+        (["--blockdev", "null-co"], "--blockdev null-co: 'node-name' must be specified for the root node"),
+        (
+            ["--blockdev", "null-co,node-name=a", "--blockdev", "null-co,node-name=a"],
+            "--blockdev null-co,node-name=a: Duplicate nodes with node-name='a'",
+        ),
+        (
+            ["--blockdev", "raw,node-name=r,file=f", "--blockdev", "null-co,node-name=f"],
+            "--blockdev raw,node-name=r,file=f: Cannot find device='f' nor node-name='f'",
+        ),
+        (
+            ["--object", "secret,id=a,data=x", "--object", "secret,id=a,data=y"],
+            "--object secret,id=a,data=y: attempt to add duplicate property 'a' to object (type 'container')",
+        ),
+        (["--object", "secret,id=a"], "--object secret,id=a: Either 'file' or 'data' must be provided"),
+        (
+            ["--object", "secret,id=3,data=x"],
+            "--object secret,id=3,data=x: Parameter 'id' expects an identifier",
+        ),
+        (["--monitor", "m"], '--monitor m: chardev "m" not found'),
+        (
+            ["--chardev", "stdio,id=a", "--chardev", "stdio,id=b"],
+            "--chardev stdio,id=b: cannot use stdio by multiple character devices",
+        ),
+        (
+            ["--chardev", "stdio,id=a", "--monitor", "a", "--monitor", "a"],
+            "--monitor a: chardev 'a' is already in use",
+        ),
+        (
+            ["--chardev", "socket,id=a,path=none/s,server=on,wait=off"],
+            "--chardev socket,id=a,path=none/s,server=on,wait=off:"
+            " Failed to bind socket to none/s: No such file or directory",
+        ),
+        (
+            ["--chardev", "socket,id=a,fd=99,server=on,wait=off"],
+            "--chardev socket,id=a,fd=99,server=on,wait=off: File descriptor '99' is not a socket",
+        ),
+        (
+            ["--pidfile", "none/pid"],
+            "cannot create PID file: Could not create 'none/pid': No such file or directory",
+        ),
+        (["--log", "loud"], "--log loud: 'loud' is none of error, warning, info, debug"),
+        (["--loop", "möbius"], "--loop möbius: 'möbius' is none of auto, uvloop, asyncio"),
+    ],
+)
+@pytest.mark.parametrize("daemonize", [False, True])
+def test_a_wrong_option_ends_with_status_1_and_one_line(
+    arguments: list[str], line: str, daemonize: bool, tmp_path: Path
+) -> None:
+    if daemonize and "stdio,id=a" in arguments:
+        pytest.skip("the background has no stdio")
+    result = run(*(["--daemonize"] if daemonize else []), *arguments, directory=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", f"qmpd: {line}\n")
+
+
+def test_a_failed_start_leaves_no_socket_and_no_pid_file(tmp_path: Path) -> None:
+    chardev = "socket,id=m,path=s,server=on,wait=off"
+    assert run("--pidfile", "pid", "--chardev", chardev, "--monitor", "x", directory=tmp_path).returncode == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_object_types_are_listed_on_standard_output(tmp_path: Path) -> None:
+    result = run("--object", "help", directory=tmp_path)
+    assert result.returncode == 0
+    assert "  secret\n" in result.stdout
+    assert result.stderr == ""
+
+
+def test_what_the_options_describe_is_there(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    (tmp_path / "a,b.img").write_bytes(bytes(1 << 20))
+    daemon = start_daemon(
+        "--object",
+        "secret,id=s,data=x",
+        "--blockdev",
+        "driver=file,node-name=storage,filename=a,,b.img,cache.direct=off",
+        "--blockdev",
+        '{"driver": "raw", "node-name": "format", "file": "storage", "offset": 512}',
+        "--device",
+        "virtio-blk-pci,id=disk0,drive=format",
+    )
+    assert daemon.node_names() == {"storage", "format"}
+    assert {entry["name"] for entry in daemon.execute("qom-list", {"path": "/objects"})} >= {"s"}
+    (block,) = daemon.execute("query-block")
+    assert block["inserted"]["node-name"] == "format"
+
+
+def test_qmp_is_spoken_on_standard_input_and_output(tmp_path: Path) -> None:
+    conversation = '{"execute": "qmp_capabilities"}\n{"execute": "query-version"}\n{"execute": "quit"}\n'
+    result = run("--chardev", "stdio,id=m", "--monitor", "chardev=m", directory=tmp_path, text=conversation)
+    greeting, *replies = map(json.loads, result.stdout.splitlines())
+    assert "QMP" in greeting
+    assert [set(reply) for reply in replies] == [{"return"}] * 3
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_monitor_may_be_one_option(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*QMPD, "--qmp", "unix:q.sock,server,nowait"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+    )
+    try:
+        wait_for(tmp_path / "q.sock", process)
+        with Connection(tmp_path / "q.sock") as connection:
+            (chardev,) = connection.execute("query-chardev")
+            assert chardev["label"] == "compat_monitor0"
+            connection.execute("quit")
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a socket accepts connections."""
+    for _ in range(int(PATIENCE * 100)):
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                return
+        try:
+            process.wait(0.01)
+        except subprocess.TimeoutExpired:
+            continue
+        raise AssertionError(f"qmpd ended with {process.returncode}")
+    raise AssertionError(f"nobody listens on {path}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("loop", ["asyncio", "auto"])
+def test_a_signal_ends_the_daemon_as_quit_does(
+    number: signal.Signals, loop: str, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon("--pidfile", "pid", "--loop", loop)
+    assert (tmp_path / "pid").read_text() == f"{daemon.process.pid}\n"
+    daemon.process.send_signal(number)
+    assert daemon.process.wait(PATIENCE) == 0
+    assert daemon.stderr.read_text() == ""
+    assert not daemon.socket.exists()
+    assert not (tmp_path / "pid").exists()
+
+
+def test_quit_removes_socket_and_pid_file(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon("--pidfile", "pid")
+    assert daemon.quit() == 0
+    assert not daemon.socket.exists()
+    assert not (tmp_path / "pid").exists()
+
+
+def test_a_start_that_waits_for_a_client_can_be_interrupted(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*QMPD, "--pidfile", "pid", "--chardev", "socket,id=m,path=s,server=on", "--monitor", "m"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+    )
+    try:
+        # Seen in the file system, because a connection would be the client that it waits for.
+        for _ in range(int(PATIENCE * 100)):
+            if (tmp_path / "s").exists():
+                break
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.01)
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_keys_cannot_reach_a_core_file(daemon: RunningDaemon) -> None:
+    limits = Path(f"/proc/{daemon.process.pid}/limits").read_text().splitlines()
+    (soft,) = [line.split()[4] for line in limits if line.startswith("Max core file size")]
+    assert soft == "0"
+    # A process that is not dumpable belongs to root in /proc, whoever runs it.
+    assert os.stat(f"/proc/{daemon.process.pid}/mem").st_uid == 0
+
+
+def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*QMPD, "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    with process.stderr as stderr:
+        assert stderr.read() == b""
+    process.wait(PATIENCE)
