@@ -15,13 +15,13 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.commands import table
 from qmpd.commands.parts import Parts
-from qmpd.errors import Error
 from qmpd.jobs import Jobs
-from qmpd.monitor.chardev import Chardev, ChardevConfig, open_chardev
+from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.server import Monitor
 from qmpd.qapi import load, schema_directory
 from qmpd.qom.devices import Devices
+from qmpd.qom.object import Chardev as ChardevObject
 from qmpd.qom.tree import ObjectTree
 
 #: The version of QEMU whose behaviour this is, and ours (VersionInfo).
@@ -35,14 +35,17 @@ class Daemon:
     """All of one storage daemon.  To be made inside a running event loop.
 
     :param stdout: where qemu-io's output goes; by default the process's.
+    :param announce: is told what a person who starts the daemon should know; by
+        default it goes to the process's standard error output.
     """
 
-    def __init__(self, *, stdout: TextIO | None = None) -> None:
+    def __init__(self, *, stdout: TextIO | None = None, announce: Announce | None = None) -> None:
         self.schema = load(schema_directory())
         self._objects = ObjectTree(self.schema)
         self._graph = Graph(DRIVERS, secrets=self._objects.secret_bytes)
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit)
+        self._chardevs = Chardevs(announce or _say)
         parts = Parts(
             schema=self.schema,
             graph=self._graph,
@@ -51,13 +54,12 @@ class Daemon:
             jobs=self._jobs,
             emit=self._emit,
             version=VERSION,
-            chardevs=self._list_chardevs,
+            chardevs=self._chardevs.query,
             quit=self.quit,
             stdout=stdout or sys.stdout,
         )
         self._dispatcher = Dispatcher(self.schema, table.handlers(parts))
-        self._chardevs: dict[str, Chardev] = {}
-        self._monitors: dict[str, Monitor] = {}
+        self._monitors: list[Monitor] = []
         self._ending = asyncio.Event()
 
     # -- what a command line asks for
@@ -91,23 +93,18 @@ class Daemon:
 
         :raise Error: if its id is taken or it can't be opened.
         """
-        if config.id in self._chardevs:
-            raise Error(f"Chardev with id '{config.id}' already exists")
-        self._chardevs[config.id] = await open_chardev(config)
+        await self._chardevs.add(config)
+        self._objects.show_chardev(config.id, ChardevObject(config.kind))
 
     async def add_monitor(self, chardev_id: str, pretty: bool) -> None:
         """Serve QMP on a character device.
 
         :raise Error: if there is none with this id, or it is taken.
         """
-        chardev = self._chardevs.get(chardev_id)
-        if chardev is None:
-            raise Error(f"chardev '{chardev_id}' not found")
-        if chardev_id in self._monitors:
-            raise Error(f"chardev '{chardev_id}' is already in use")
+        chardev = self._chardevs.find(chardev_id)
         monitor = Monitor(self._dispatcher, VERSION, pretty)
-        self._monitors[chardev_id] = monitor
-        await chardev.serve(monitor)
+        await chardev.attach(monitor.connection)
+        self._monitors.append(monitor)
 
     # -- its life
 
@@ -117,7 +114,7 @@ class Daemon:
 
     def quit(self) -> None:
         """Execute no further command, and end."""
-        for monitor in self._monitors.values():
+        for monitor in self._monitors:
             monitor.stop()
         self._ending.set()
 
@@ -125,16 +122,16 @@ class Daemon:
         """Take everything down, top first: clients get their last replies and events."""
         await self._jobs.close()
         self._devices.close()
-        for monitor in self._monitors.values():
+        for monitor in self._monitors:
             await monitor.close()
-        for chardev in self._chardevs.values():
-            await chardev.close()
+        await self._chardevs.close()
         await self._graph.close()
         self._objects.close()
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
-        for monitor in self._monitors.values():
+        for monitor in self._monitors:
             monitor.emit(name, data)
 
-    def _list_chardevs(self) -> list[dict[str, Any]]:
-        return [chardev.info() for chardev in self._chardevs.values()]
+
+def _say(text: str) -> None:
+    print(f"qmpd: {text}", file=sys.stderr, flush=True)
