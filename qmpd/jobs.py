@@ -145,6 +145,7 @@ class Job:
         self.pause_requested = False
         self._emit = emit
         self._counts_itself = False
+        self._started = False
         self._may_run = asyncio.Event()
         self._may_run.set()
         self._task: asyncio.Task[None] | None = None
@@ -197,8 +198,10 @@ class Job:
         self._task = asyncio.get_running_loop().create_task(self._run(body), name=f"job {self.id}")
 
     async def _run(self, body: Body) -> None:
+        self._started = True
         try:
-            await body(self)
+            if not self.cancelled:
+                await body(self)
         except asyncio.CancelledError:
             self.cancelled = True
         except Error as error:
@@ -250,14 +253,19 @@ class Job:
 
     def cancel(self) -> None:
         """Stop the work at its next ``await``, or give up what is pending."""
+        if self.cancelled:
+            # Once is enough; twice would disturb the work's cleaning up.
+            return
         self.cancelled = True
         if self.state in (State.WAITING, State.PENDING):
             self.abort()
             return
         if self.pause_requested:
             self.resume()
-        assert self._task is not None, "a job that is at work has a task"
-        self._task.cancel()
+        if self._started:
+            # A task that is cancelled before its first step would not take any.
+            assert self._task is not None, "a job that is at work has a task"
+            self._task.cancel()
 
     async def wait(self) -> None:
         """Wait until the work is over."""

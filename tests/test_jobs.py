@@ -98,9 +98,7 @@ async def test_jobs_are_listed_newest_first(watch: Watch) -> None:
     assert [each["id"] for each in watch.jobs.query()] == ["c", "b", "a"]
 
 
-@pytest.mark.parametrize(
-    "verb", ["cancel", "complete", "dismiss", "finalize", "pause", "resume"]
-)
+@pytest.mark.parametrize("verb", ["cancel", "complete", "dismiss", "finalize", "pause", "resume"])
 def test_no_verb_finds_a_job_that_is_not_there(watch: Watch, verb: str) -> None:
     with pytest.raises(Error, match="^Job not found$"):
         getattr(watch.jobs, verb)("nope")
@@ -146,6 +144,38 @@ async def test_a_cancelled_job_ends_at_its_next_step(watch: Watch) -> None:
     await job.wait()
     assert watch.seen == ["created", "running", "aborting", "concluded"]
     assert watch.jobs.query()[0]["error"] == "Operation canceled"
+
+
+async def test_a_job_cancelled_before_its_first_step_does_not_begin(watch: Watch) -> None:
+    begun: list[Job] = []
+
+    async def body(job: Job) -> None:
+        begun.append(job)
+
+    job = watch.jobs.start("j", "create", body)
+    watch.jobs.cancel("j")
+    await job.wait()
+    assert begun == []
+    assert watch.seen == ["created", "running", "aborting", "concluded"]
+
+
+async def test_a_second_cancel_does_not_disturb_the_cleaning_up(watch: Watch) -> None:
+    cleaned: list[bool] = []
+
+    async def careful(job: Job) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await settle()
+            cleaned.append(True)
+
+    job = watch.jobs.start("j", "create", careful)
+    await settle()
+    watch.jobs.cancel("j")
+    await asyncio.sleep(0)
+    watch.jobs.cancel("j")
+    await job.wait()
+    assert cleaned == [True]
 
 
 async def test_a_paused_job_runs_again_to_be_cancelled(watch: Watch) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from qmpd.block import inspection
 from qmpd.block.accounting import Accounting
 from qmpd.block.backend import Backend
-from qmpd.block.create import CREATORS, create
+from qmpd.block.drivers import can_create, creator
 from qmpd.block.node import Node
 from qmpd.block.permissions import Permission
 from qmpd.commands.parts import Handler, Parts
@@ -33,7 +33,7 @@ async def blockdev_del(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
 def blockdev_create(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """Start a job that makes an image."""
     options = arguments["options"]
-    if options["driver"] not in CREATORS:
+    if not can_create(options["driver"]):
         raise Error("Driver does not support blockdev-create")
     if options.get("size", 0) < 0:
         # QMP takes a negative number for an unsigned one, and so it is a very large one.
@@ -41,6 +41,7 @@ def blockdev_create(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     if "size" not in options and "header" not in options:
         # A detached header can be made alone; whatever has a payload has a size.
         raise Error("Parameter 'options.size' is missing")
+    create = creator(options["driver"])
     parts.jobs.start(arguments["job-id"], "create", lambda job: create(parts.graph, options))
     return {}
 

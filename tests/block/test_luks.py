@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qmpd.block.create import create
+from qmpd.block.drivers.luks import create
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node
 from qmpd.errors import Error

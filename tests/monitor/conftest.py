@@ -87,7 +87,9 @@ async def serve(tmp_path):
     """Function that makes a monitor of handlers and serves it."""
     closing = []
 
-    async def start(handlers: Mapping[str, Handler], *, options: Any = None, **commands: FakeCommand) -> Served:
+    async def start(
+        handlers: Mapping[str, Handler], *, options: Any = None, **commands: FakeCommand
+    ) -> Served:
         monitor = Monitor(fake_dispatcher(handlers, **commands), VERSION, **(options or {}))
         path = str(tmp_path / f"monitor{len(closing)}")
         server = await asyncio.get_running_loop().create_unix_server(monitor.connection, path)

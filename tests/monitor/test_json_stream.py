@@ -46,7 +46,9 @@ def test_a_value_of_the_dialect_is_read(data, expected):
     assert outcomes(data) == [("value", expected)]
 
 
-@pytest.mark.parametrize(("text", "double"), [("18446744073709551616", 2.0**64), ("-9223372036854775809", -(2.0**63))])
+@pytest.mark.parametrize(
+    ("text", "double"), [("18446744073709551616", 2.0**64), ("-9223372036854775809", -(2.0**63))]
+)
 def test_an_integer_over_64_bits_becomes_a_double(text, double):
     for request in (f'{{"id": {text}}}', f"{{'id': {text}}}"):
         (value,) = JSONStream().feed(request.encode())
@@ -128,7 +130,9 @@ def test_an_open_bracket_swallows_what_follows():
     assert outcomes(b"]", stream) == ["expecting value"]
 
 
-@pytest.mark.parametrize("start", [b'{"a": "', b"{'a", b"[1, 2", b'"\\', b"-", b"12", b"@ x", b"", b"[[[", b"%"])
+@pytest.mark.parametrize(
+    "start", [b'{"a": "', b"{'a", b"[1, 2", b'"\\', b"-", b"12", b"@ x", b"", b"[[[", b"%"]
+)
 def test_0xff_and_a_newline_bring_the_stream_into_a_known_state(start):
     stream = JSONStream()
     stream.feed(start)
@@ -144,7 +148,11 @@ def test_a_long_keyword_is_cut_where_qemu_cuts_it():
 def test_nesting_of_1024_is_read_and_one_more_is_refused():
     (value,) = JSONStream().feed(b'{"a":' + b"[" * 1023 + b"]" * 1023 + b"}")
     assert list(value) == ["a"]
-    assert outcomes(b"[" * 1025 + b",1 ") == ["JSON nesting depth limit exceeded", "expecting value", ("value", 1)]
+    assert outcomes(b"[" * 1025 + b",1 ") == [
+        "JSON nesting depth limit exceeded",
+        "expecting value",
+        ("value", 1),
+    ]
 
 
 def test_a_token_too_many_is_refused(monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import threading
@@ -67,7 +68,7 @@ async def test_a_passed_descriptor_is_a_file(tree: ObjectTree) -> None:
         (lambda path: None, "Failed to open file “{}”: No such file or directory"),
         (lambda path: path.mkdir(), "Error reading file “{}”: Is a directory"),
         (lambda path: os.mkfifo(path), "a FIFO is only taken as a passed descriptor (/dev/fd/N)"),
-        (lambda path: os.truncate(path.open("wb").fileno(), 9 << 20), "file is larger than 8 MiB"),
+        (lambda path: path.write_bytes(bytes((8 << 20) + 1)), "file is larger than 8 MiB"),
     ],
     ids=["missing", "directory", "fifo", "large"],
 )
@@ -256,8 +257,6 @@ async def test_a_secret_deleted_while_it_loads_is_wiped(
         loop.call_soon_threadsafe(tree.delete, "s")
         gone.wait()
         return bytearray(PASSPHRASE.encode())
-
-    import asyncio
 
     loop = asyncio.get_running_loop()
     gone = threading.Event()

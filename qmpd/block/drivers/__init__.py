@@ -1,17 +1,62 @@
-"""The block drivers, one file or folder each."""
+"""The block drivers, one file or folder each.
+
+A driver's module offers its node class and, if it can make images, a function
+`create`.  Modules are imported when the first node or image of theirs is
+wanted, so that a daemon without encrypted disks starts without the ciphers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
-from qmpd.block.drivers.file import FileNode
-from qmpd.block.drivers.luks import GluksNode, LuksNode
-from qmpd.block.drivers.null import NullAioNode, NullCoNode
-from qmpd.block.drivers.raw import RawNode
-from qmpd.block.node import Node
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+    from qmpd.block.node import Node
 
-#: The driver classes by their QAPI names (enum BlockdevDriver).
-DRIVERS: Final[Mapping[str, type[Node]]] = {
-    driver.driver: driver for driver in (FileNode, GluksNode, LuksNode, NullAioNode, NullCoNode, RawNode)
+#: Makes an image from BlockdevCreateOptions.
+Create = Callable[["Graph", Mapping[str, Any]], Awaitable[None]]
+
+#: Module and class by QAPI name (enum BlockdevDriver).
+_CLASSES: Final[Mapping[str, tuple[str, str]]] = {
+    "file": ("file", "FileNode"),
+    "gluks": ("luks", "GluksNode"),
+    "luks": ("luks", "LuksNode"),
+    "null-aio": ("null", "NullAioNode"),
+    "null-co": ("null", "NullCoNode"),
+    "raw": ("raw", "RawNode"),
 }
+
+#: The drivers that can make images, and the modules with their `create`.
+_CREATORS: Final[Mapping[str, str]] = {"file": "file", "luks": "luks"}
+
+
+class _Drivers(Mapping[str, "type[Node]"]):
+    """The node classes by QAPI name, imported when they are looked up."""
+
+    def __getitem__(self, name: str) -> type[Node]:
+        module, class_name = _CLASSES[name]
+        node_class: type[Node] = getattr(import_module(f"{__name__}.{module}"), class_name)
+        return node_class
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+#: What a graph is made with.
+DRIVERS: Final[Mapping[str, type[Node]]] = _Drivers()
+
+
+def can_create(driver: str) -> bool:
+    """Whether there is a `creator` of images for this driver."""
+    return driver in _CREATORS
+
+
+def creator(driver: str) -> Create:
+    """The function that makes an image of this driver's format."""
+    create: Create = import_module(f"{__name__}.{_CREATORS[driver]}").create
+    return create

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qmpd.block import allocation
+from qmpd.block import allocation, creation
 from qmpd.block.file_locks import ImageLocks
 from qmpd.block.node import SECTOR, Node, NotSupported
 from qmpd.block.options import NodeOptions
@@ -285,3 +285,35 @@ class FileNode(Node):
     async def _truncate(self, size: int, preallocation: str) -> None:
         await self.graph.in_io_thread(resize, self._descriptor, size, preallocation)
         self._size = size
+
+
+async def create(graph: Graph, options: Mapping[str, Any]) -> None:
+    """Make a file, or cut an existing one down to nothing and give it a new size.
+
+    :param options: BlockdevCreateOptions, validated, in QAPI's names.
+    :raise Error: what went wrong.
+    """
+    await graph.in_io_thread(_create_file, options)
+
+
+def _create_file(options: Mapping[str, Any]) -> None:
+    filename, size = options["filename"], options["size"]
+    preallocation = options.get("preallocation", "off")
+    if preallocation not in ("off", "falloc", "full"):
+        raise Error(f"Unsupported preallocation mode: {preallocation}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        descriptor = os.open(filename, flags, 0o644)
+    except OSError as error:
+        raise Error(f"Could not create '{filename}': {error.strerror}") from None
+    try:
+        locks = ImageLocks(descriptor)
+        locks.prepare(creation.PERMISSIONS, Permission.everything() & ~Permission.RESIZE)
+        resize(descriptor, 0, "off")
+        if options.get("nocow"):
+            allocation.ask_no_copy_on_write(descriptor)
+        if options.get("extent-size-hint"):
+            allocation.hint_extent_size(descriptor, options["extent-size-hint"])
+        resize(descriptor, size, preallocation)
+    finally:
+        os.close(descriptor)

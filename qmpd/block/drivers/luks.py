@@ -13,16 +13,26 @@ Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
 
+from qmpd.block import creation
 from qmpd.block.node import SECTOR, Data, Node
 from qmpd.block.permissions import Permission
 from qmpd.crypto import luks1
+from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.sectors import SectorCipher
 from qmpd.errors import Error
 
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+
 #: Long requests are ciphered in tiles of this many bytes, and others get a turn in between.
 TILE = 256 * 1024
+
+#: Milliseconds for one passphrase check, if `iter-time` is not given.
+DEFAULT_ITER_TIME = 2000
 
 
 async def read_padded(node: Node, offset: int, length: int) -> bytearray:
@@ -201,3 +211,59 @@ class GluksNode(LuksNode):
     """The same under the name of the first proposal for detached headers."""
 
     driver = "gluks"
+
+
+async def create(graph: Graph, options: Mapping[str, Any]) -> None:
+    """Make a LUKS1 volume, with its header in front of the payload or on a node of its own.
+
+    :param options: BlockdevCreateOptions, validated, in QAPI's names.
+    :raise Error: what went wrong.
+    """
+    size: int | None = options.get("size")
+    preallocation: str = options.get("preallocation", "off")
+    async with AsyncExitStack() as stack:
+        if "file" not in options and "header" not in options:
+            raise Error("Either the parameter 'header' or 'file' must be specified")
+        payload = header_disk = None
+        if "file" in options:
+            payload = await stack.enter_async_context(creation.disk_for(graph, options["file"]))
+        if "header" in options:
+            header_disk = await stack.enter_async_context(creation.disk_for(graph, options["header"]))
+
+        spec = CipherSpec.from_options(
+            options.get("cipher-alg"),
+            options.get("cipher-mode"),
+            options.get("ivgen-alg"),
+            options.get("ivgen-hash-alg"),
+        )
+        if "key-secret" not in options:
+            raise Error("Parameter 'key-secret' is required for cipher")
+        if size is not None and size > creation.MAX_SIZE:
+            raise Error("The requested file size is too large")
+        hash_name = options.get("hash-alg", "sha256")
+        iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
+
+        def derive() -> tuple[luks1.Header, list[luks1.Write | luks1.Barrier]]:
+            iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
+            detached = header_disk is not None
+            header, key, plan = luks1.format_plan(spec, hash_name, password, *iterations, detached=detached)
+            key.wipe()
+            return header, plan
+
+        password = graph.secrets(options["key-secret"])
+        try:
+            header, plan = await graph.in_key_thread(derive)
+        finally:
+            password[:] = bytes(len(password))
+        target = header_disk or payload
+        assert target is not None
+        if payload is not None and size is not None:
+            offset = header.payload_offset * luks1.SECTOR
+            await payload.truncate(offset + size, preallocation)
+        if header_disk is not None:
+            await header_disk.truncate(header.header_length())
+        for step in plan:
+            if isinstance(step, luks1.Write):
+                await target.pwrite(step.offset, step.data)
+            else:
+                await target.flush()

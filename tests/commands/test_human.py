@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from qmpd.block.drivers import DRIVERS
+from qmpd.block.graph import Graph
+from qmpd.commands.human import execute
+from qmpd.commands.parts import Parts
+from qmpd.jobs import Jobs
+from qmpd.qapi import load, schema_directory
+from qmpd.qom.devices import Devices
+from qmpd.qom.tree import ObjectTree
+
+
+@pytest_asyncio.fixture
+async def parts() -> AsyncIterator[Parts]:
+    def emit(name: str, data: dict[str, Any]) -> None:
+        pass
+
+    schema = load(schema_directory())
+    tree = ObjectTree(schema)
+    graph = Graph(DRIVERS, secrets=tree.secret_bytes)
+    for name in ("n", "n2"):
+        await graph.add({"driver": "null-co", "node-name": name, "size": 1 << 20, "read-zeroes": True})
+    await graph.add({"driver": "null-co", "node-name": "ro", "size": 1 << 20, "read-only": True})
+    devices = Devices(graph, tree, emit)
+    devices.add({"driver": "virtio-blk-pci", "id": "d", "drive": "n2"})
+    yield Parts(
+        schema=schema,
+        graph=graph,
+        objects=tree,
+        devices=devices,
+        jobs=Jobs(emit),
+        emit=emit,
+        version={"qemu": {"major": 1, "minor": 2, "micro": 3}, "package": "pack"},
+        chardevs=list,
+        quit=lambda: None,
+        stdout=io.StringIO(),
+    )
+    devices.close()
+    await graph.close()
+
+
+def printed(parts: Parts) -> str:
+    assert isinstance(parts.stdout, io.StringIO)
+    return parts.stdout.getvalue()
+
+
+TRY = 'Try "help {}" for more information\r\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("", ""),
+        ("   ", ""),
+        ("frob", "unknown command: 'frob'\r\n"),
+        ("frob  ", "unknown command: 'frob'\r\n"),
+        ('"qemu-io"', "unknown command: '\"qemu-io\"'\r\n"),
+        ("info frob", "unknown command: 'info frob'\r\n"),
+        ("help frob", "unknown command: 'frob'\r\n"),
+        ("info\nversion", "1.2.3pack\r\n"),
+        ("info block-jobs", "No active jobs\r\n"),
+        ("info block -x", "block: unsupported option -x\r\n" + TRY.format("info block")),
+        ("qemu-io", "qemu-io: block device name expected\r\n" + TRY.format("qemu-io")),
+        ("qemu-io n", "qemu-io: string expected\r\n" + TRY.format("qemu-io")),
+        ('qemu-io n "length', "qemu-io: string expected\r\n" + TRY.format("qemu-io")),
+        (r'qemu-io n "\q"', "qemu-io: string expected\r\n" + TRY.format("qemu-io")),
+        ("qemu-io -z n length", "qemu-io: unsupported option -z\r\n" + TRY.format("qemu-io")),
+        (
+            'qemu-io n "length" extra',
+            "qemu-io: extraneous characters at the end of line\r\n" + TRY.format("qemu-io"),
+        ),
+        ("qemu-io nope length", "Error: Cannot find device='' nor node-name='nope'\r\n"),
+        ("qemu-io -d nope length", "Error: Device 'nope' not found\r\n"),
+        ("qemu-io -d d length", "Error: Device does not have a block device backend\r\n"),
+        ("qemu-io -d /objects length", "Error: /objects is not a device\r\n"),
+        ('qemu-io ro "write 0 512"', "Block node is read-only\r\n"),
+    ],
+)
+async def test_refusals_are_qemu_s(parts: Parts, line: str, answer: str) -> None:
+    assert await execute(parts, line) == answer
+    assert printed(parts) == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "qemu-io n length",
+        '  qemu-io   n   "length"  ',
+        'qemu-io "n" "len\\\\gth"',
+        "qemu-io -d d/virtio-backend length",
+        "qemu-io -d /machine/peripheral/d/virtio-backend length",
+    ],
+)
+async def test_qemu_io_prints_and_replies_nothing(parts: Parts, line: str) -> None:
+    assert await execute(parts, line) == ""
+    assert printed(parts) == ("" if "\\" in line else "1 MiB\n")
+
+
+async def test_a_device_s_node_is_written_through_the_device_only(parts: Parts) -> None:
+    conflict = await execute(parts, 'qemu-io n2 "write 0 512"')
+    assert conflict == (
+        "Permission conflict on node 'n2': permissions 'write' are both required by an unnamed block "
+        "device (uses node 'n2' as 'root' child) and unshared by block device "
+        "'/machine/peripheral/d/virtio-backend' (uses node 'n2' as 'root' child).\r\n"
+    )
+    assert await execute(parts, 'qemu-io -d d/virtio-backend "write -q 0 512"') == ""
+    assert len(parts.graph.backends) == 1
+
+
+async def test_info_block_describes_disks_and_nodes(parts: Parts) -> None:
+    json = 'json:{"driver": "null-co", "size": 1048576, "read-zeroes": true}'
+    n2 = parts.graph.find("n2")
+    assert n2 is not None
+    assert n2.filename == json
+    attached = "    Attached to:      /machine/peripheral/d/virtio-backend\r\n"
+    cache = "    Cache mode:       writeback\r\n"
+    assert await execute(parts, "info block") == f"n2: {json} (null-co)\r\n{attached}{cache}"
+    assert await execute(parts, "info block n2") == f"n2: {json} (null-co)\r\n{cache}"
+    assert await execute(parts, "info block nope") == ""
+    nodes = await execute(parts, "info block -n")
+    assert nodes.count(cache) == 3
+    assert "(null-co, read-only)" in nodes
+
+
+@pytest.mark.parametrize("line", ["help", "?", "info", "help qemu-io"])
+async def test_help_lines_end_as_the_monitor_ends_them(parts: Parts, line: str) -> None:
+    answer = await execute(parts, line)
+    assert answer.endswith("\r\n")
+    assert answer.count("\n") == answer.count("\r\n") > 0
