@@ -144,7 +144,7 @@ _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
     Kind.TEXT: """
         backend chardev chardevs.0 chardevs.1 chardevs.2 chardevs.3 fd host input-path localaddr localport
         logfile name path port size tls-authz tls-creds
-        mode users groups
+        mode group users groups
     """,
     Kind.SWITCH: """
         abstract append clipboard delay ipv4 ipv6 logappend mouse mux nodelay server signal telnet tight
@@ -153,8 +153,8 @@ _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
     Kind.NUMBER: "cols debug height reconnect reconnect-ms rows to width",
 }
 
-#: Every setting there is, ``mode``, ``users`` and ``groups`` being ours.  One that belongs to another kind of
-#: character device is ignored, as QEMU does; one that belongs to none is an error.
+#: Every setting there is; ``mode``, ``group``, ``users`` and ``groups`` are ours.  One that belongs to another
+#: kind of character device is ignored, as QEMU does; one that belongs to none is an error.
 CHARDEV_SETTINGS: Final[Mapping[str, Kind]] = {
     name: kind for kind, names in _KINDS_OF_SETTINGS.items() for name in names.split()
 }
@@ -219,6 +219,7 @@ def _config(settings: Mapping[str, Any]) -> ChardevConfig:
         wait=server and settings.get("wait", True),
         fd=descriptor,
         mode=_mode(settings.get("mode")),
+        group=settings.get("group"),
         users=_names("users", settings),
         groups=_names("groups", settings),
     )

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO, cast
@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
                 screen.say(f"The files are in {directory}")
             else:
                 shutil.rmtree(directory, ignore_errors=True)
-    except (DemoError, QMPError, OSError, TimeoutError) as error:
+    except (DemoError, QMPError, OSError, EOFError, TimeoutError) as error:
         if isinstance(error, BrokenPipeError):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -136,9 +136,9 @@ class Screen:
 
     def message(self, arrow: str, message: Mapping[str, Any], style: str) -> None:
         """Show a message of the protocol, indented if it is long."""
-        text = json.dumps(message)
+        text = json.dumps(dict(message))
         if len(text) > 160:
-            text = json.dumps(message, indent=2)
+            text = json.dumps(dict(message), indent=2)
         self.say(f"{arrow} " + text.replace("\n", "\n   "), style)
 
     def good(self, text: str) -> None:
@@ -233,7 +233,8 @@ class Demo:
             try:
                 yield process
             finally:
-                await self._client.disconnect()
+                with suppress(EOFError, OSError, QMPError):  # "quit" has ended the connection before us
+                    await self._client.disconnect()
         finally:
             if process.returncode is None:
                 process.kill()

@@ -13,6 +13,7 @@ imported once a daemon is to be started.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +48,10 @@ Monitors, where clients connect:
   --qmp stdio              a QMP monitor, in one option
   --chardev socket,id=ID,path=PATH | host=HOST,port=PORT | fd=FD
             [,server=on|off][,wait=on|off][,abstract=on|off]
-            [,mode=OCTAL][,users=NAME:...][,groups=NAME:...]
+            [,mode=OCTAL][,group=NAME][,users=NAME:...][,groups=NAME:...]
                            a UNIX or TCP socket, or an inherited descriptor;
-                           users and groups say who may connect to a UNIX
-                           socket, mode who may open it (default: 0600)
+                           mode (default: 0600) and group are those of a UNIX
+                           socket's file, users and groups may connect to it
   --chardev stdio,id=ID    standard input and output
   --monitor [chardev=]ID[,mode=control][,pretty=on|off]
                            speak QMP on that character device
@@ -102,13 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments and arguments[0] in SUBCOMMANDS:
-            status: int = import_module(SUBCOMMANDS[arguments[0]]).run(arguments[1:])
-            return status
-        return _run_daemon(_first_pass(arguments))
-    except Answered as answer:
-        print(answer, flush=True)
-        return 0
+        try:
+            return _run(arguments)
+        except Answered as answer:
+            print(answer, flush=True)
+            return 0
     except Error as error:
         return _failed(str(error))
     except BrokenPipeError:
@@ -116,7 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in SUBCOMMANDS:
+        status: int = import_module(SUBCOMMANDS[arguments[0]]).run(arguments[1:])
+        return status
+    return _run_daemon(_first_pass(arguments))
 
 
 def _failed(reason: str) -> int:

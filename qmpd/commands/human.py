@@ -140,6 +140,9 @@ async def _qemu_io(parts: Parts, options: frozenset[str], words: list[str]) -> s
     try:
         if "-d" in options:
             return await _on(parts, parts.devices.backend(name), line)
+        if parts.graph.find(name) is None and (disk := parts.devices.disk(name)) is not None:
+            # Not in QEMU: the plain id of a device means its disk.
+            return await _on(parts, disk, line)
         node = parts.graph.lookup(None, name)
     except Error as error:
         return f"Error: {error.desc}\n"

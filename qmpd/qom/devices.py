@@ -338,6 +338,14 @@ class Devices:
             raise Error(f"{device_id} is not a device")
         return found
 
+    def disk(self, device_id: str) -> Backend | None:
+        """What moves the data of the device with this id, on whichever level it is; None if nothing does."""
+        found = self._tree.absolute(f"/machine/peripheral/{device_id}")
+        if not isinstance(found, DeviceHalf):
+            return None
+        halves = [found, *(child for child in found.children.values() if isinstance(child, DeviceHalf))]
+        return next((half.backend for half in halves if half.backend is not None), None)
+
     def backend(self, device_id: str) -> Backend:
         """What moves the data of the device with this id or path.
 

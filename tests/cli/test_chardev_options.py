@@ -127,7 +127,7 @@ def test_any_value_survives_when_its_commas_are_doubled(settings: dict[str, str]
             ChardevConfig(id="m", kind="socket", fd=7, server=True, wait=False),
         ),
         (
-            "socket,id=m,path=s,server=on,wait=off,mode=0660,users=root:1000,groups=kvm",
+            "socket,id=m,path=s,server=on,wait=off,mode=0660,group=disk,users=root:1000,groups=kvm",
             ChardevConfig(
                 id="m",
                 kind="socket",
@@ -135,6 +135,7 @@ def test_any_value_survives_when_its_commas_are_doubled(settings: dict[str, str]
                 server=True,
                 wait=False,
                 mode=0o660,
+                group="disk",
                 users=("root", "1000"),
                 groups=("kvm",),
             ),

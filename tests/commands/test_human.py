@@ -134,3 +134,14 @@ async def test_help_lines_end_as_the_monitor_ends_them(parts: Parts, line: str) 
     answer = await execute(parts, line)
     assert answer.endswith("\r\n")
     assert answer.count("\n") == answer.count("\r\n") > 0
+
+
+async def test_qemu_io_takes_the_plain_id_of_a_device(parts: Parts) -> None:
+    assert await execute(parts, 'qemu-io d "write -P 7 0 64k"') == ""
+    assert printed(parts).startswith("wrote 65536/65536 bytes at offset 0\n")
+
+
+async def test_qemu_io_by_node_name_asks_the_device_above_for_permission(parts: Parts) -> None:
+    answer = await execute(parts, 'qemu-io n2 "write 0 512"')
+    assert answer.startswith("Permission conflict on node 'n2'")
+    assert await execute(parts, 'qemu-io n2 "read 0 512"') == ""
