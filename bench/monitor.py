@@ -35,7 +35,7 @@ QUICK: Final = Settings(rounds=1, commands=200, nodes=100, many_nodes=200)
 
 #: A graph with few nodes, and how many more are added and deleted to see the pace at a size.
 FEW_NODES: Final = 100
-PROBE: Final = 500
+PROBE: Final = 1_000
 
 
 def command(name: str, arguments: dict[str, Any] | None = None) -> str:

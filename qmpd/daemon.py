@@ -16,7 +16,7 @@ from qmpd.block.graph import Graph
 from qmpd.commands import table
 from qmpd.commands.parts import Parts
 from qmpd.jobs import Jobs
-from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs
+from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.server import Monitor
 from qmpd.qapi import load, schema_directory
@@ -93,8 +93,12 @@ class Daemon:
 
         :raise Error: if its id is taken or it can't be opened.
         """
-        await self._chardevs.add(config)
-        self._objects.show_chardev(config.id, ChardevObject(config.kind))
+        chardev = await self._chardevs.add(config)
+        if isinstance(chardev, SocketChardev):
+            shown = ChardevObject(config.kind, lambda: chardev.connected, chardev.socket_address)
+        else:
+            shown = ChardevObject(config.kind)
+        self._objects.show_chardev(config.id, shown)
 
     async def add_monitor(self, chardev_id: str, pretty: bool) -> None:
         """Serve QMP on a character device.
@@ -122,9 +126,10 @@ class Daemon:
         """Take everything down, top first: clients get their last replies and events."""
         await self._jobs.close()
         self._devices.close()
+        # Nobody comes in any more; then those who are there are taken leave of.
+        await self._chardevs.close()
         for monitor in self._monitors:
             await monitor.close()
-        await self._chardevs.close()
         await self._graph.close()
         self._objects.close()
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpd.block.edge import Edge, Parent
-from qmpd.block.node import Node
+from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission, names
 from qmpd.errors import Error
@@ -163,6 +165,8 @@ class Graph:
                     await self._release(file)
                     raise
             await node.open()
+            if node.size > MAX_SIZE:
+                raise Error(f"Could not refresh total sector count: {os.strerror(errno.EFBIG)}")
         except BaseException:
             await self._dispose(node)
             raise

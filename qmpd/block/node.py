@@ -29,6 +29,9 @@ SECTOR = 512
 #: What requests carry: any of these, as bytes.
 Data: TypeAlias = bytes | bytearray | memoryview
 
+#: The largest disk, in bytes (QEMU's bound: the sizes of its parts have to fit beside it).
+MAX_SIZE = (1 << 63) - (1 << 30)
+
 #: A write of zeroes that a driver can't do by itself is done in pieces of this many bytes.
 ZERO_PIECE = 1 << 20
 

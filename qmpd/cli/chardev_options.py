@@ -153,8 +153,8 @@ _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
     Kind.NUMBER: "cols debug height reconnect reconnect-ms rows to width",
 }
 
-#: Every setting there is; ``mode``, ``group``, ``users`` and ``groups`` are ours.  One that belongs to another
-#: kind of character device is ignored, as QEMU does; one that belongs to none is an error.
+#: Every setting there is; ``mode``, ``group``, ``users`` and ``groups`` are ours.  One that belongs to
+#: another kind of character device is ignored, as QEMU does; one that belongs to none is an error.
 CHARDEV_SETTINGS: Final[Mapping[str, Kind]] = {
     name: kind for kind, names in _KINDS_OF_SETTINGS.items() for name in names.split()
 }

@@ -135,9 +135,9 @@ class Screen:
         self.say(text, "heading")
 
     def message(self, arrow: str, message: Mapping[str, Any], style: str) -> None:
-        """Show a message of the protocol, indented if it is long."""
+        """Show a message of the protocol, indented if it is very long, as only replies are."""
         text = json.dumps(dict(message))
-        if len(text) > 160:
+        if len(text) > 240:
             text = json.dumps(dict(message), indent=2)
         self.say(f"{arrow} " + text.replace("\n", "\n   "), style)
 

@@ -126,8 +126,8 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _failed(reason: str) -> int:
-    # One line, whatever a file name or a JSON text may hold.
-    line = "\\n".join(reason.splitlines())
+    # One line, even if a JSON text was written on several or QEMU's wording has a hint on a second one.
+    line = " ".join(reason.splitlines())
     print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
     return 1
 

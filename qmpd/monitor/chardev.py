@@ -38,8 +38,9 @@ _logger = logging.getLogger(__name__)
 Announce = Callable[[str], None]
 
 _DEFAULT_MODE: Final = 0o600
-#: Connections that the kernel keeps until they are accepted.
-_BACKLOG: Final = 128
+#: Connections that the kernel keeps until they are accepted (or net.core.somaxconn of them).  On UNIX
+#: sockets a non-blocking connect(2) fails when they are used up, which few clients expect.
+_BACKLOG: Final = 4096
 #: Seconds to wait before accepting again when there are no descriptors left.
 _BREATH: Final = 0.1
 #: <sys/un.h>: the size of sun_path.  A name that fills it needs no zero at its end.
@@ -356,6 +357,21 @@ class SocketChardev(Chardev):
         transport, _ = await loop.connect_accepted_socket(self._factory, connection)
         self._forget_closed()
         self._clients[transport] = description
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a client."""
+        self._forget_closed()
+        return bool(self._clients)
+
+    def socket_address(self) -> dict[str, Any]:
+        """Where it listens or what it is connected to (SocketAddress)."""
+        if self._address.startswith("tcp:"):
+            host, _, port = self._address.removeprefix("tcp:").rpartition(":")
+            version = "ipv6" if ":" in host else "ipv4"
+            return {"type": "inet", "host": host, "port": port, version: True}
+        path = self.config.path or self._address.removeprefix("unix:")
+        return {"type": "unix", "path": path.removeprefix("\0")}
 
     def _forget_closed(self) -> None:
         for transport in [one for one in self._clients if one.is_closing()]:

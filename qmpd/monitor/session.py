@@ -64,14 +64,14 @@ class State(Enum):
 class _Rule(NamedTuple):
     """What a state allows.
 
-    :param only: the one command that can be executed, or None for all of them.
-    :param never: a command that can't be.
+    :param only: the one command that is looked at, or None for all of them.
+    :param negotiates: whether `qmp_capabilities` does its work.
     :param refusal: what is said otherwise.
     :param events: whether events are sent.
     """
 
     only: str | None
-    never: str | None
+    negotiates: bool
     refusal: str
     events: bool
 
@@ -79,13 +79,13 @@ class _Rule(NamedTuple):
 STATES: Final = {
     State.NEGOTIATING: _Rule(
         only=NEGOTIATION,
-        never=None,
+        negotiates=True,
         refusal=f"Expecting capabilities negotiation with '{NEGOTIATION}'",
         events=False,
     ),
     State.READY: _Rule(
         only=None,
-        never=NEGOTIATION,
+        negotiates=False,
         refusal="Capabilities negotiation is already complete, command ignored",
         events=True,
     ),
@@ -162,16 +162,17 @@ class Session:
             raise CommandNotFound(f"The command {name} has not been found")
         if oob and not command.allow_oob:
             raise Error(f"The command {name} does not support OOB")
-        if name == rule.never:
-            raise CommandNotFound(rule.refusal)
         return Call(name, command, arguments)
 
     def negotiate(self, enable: Sequence[str] = ()) -> None:
         """Do `qmp_capabilities`, whose arguments are valid.
 
         :param enable: the capabilities that the client wants.
-        :raise Error: for one that the greeting did not offer.
+        :raise Error: for one that the greeting did not offer, or if the session is past that.
         """
+        rule = STATES[self.state]
+        if not rule.negotiates:
+            raise CommandNotFound(rule.refusal)
         missing = [capability for capability in enable if capability not in CAPABILITIES]
         if missing:
             raise Error(f"Capability {missing[0]} not available")

@@ -74,7 +74,8 @@ class Command:
     @cached_property
     def returns_number(self) -> bool:
         """Whether a reply may hold a floating-point number."""
-        return self._schema.reaches(self.definition.returns, "number")
+        returns = self.definition.returns
+        return self._schema.reaches(returns, "number") or self._schema.reaches(returns, "any")
 
 
 class Event:

@@ -82,9 +82,7 @@ async def test_zeroes_are_written_out_encrypted(graph: Graph, tmp_path: Path) ->
     assert bytes(512) not in path.read_bytes()[2068480 : 2068480 + 4096]
 
 
-async def test_a_detached_header_leaves_the_payload_alone(
-    graph: Graph, detached: tuple[Path, Path]
-) -> None:
+async def test_a_detached_header_leaves_the_payload_alone(graph: Graph, detached: tuple[Path, Path]) -> None:
     header, payload = detached
     assert payload.read_bytes() == bytes(MEGABYTE)
     node = await open_luks(graph, payload, header={"driver": "file", "filename": str(header)})

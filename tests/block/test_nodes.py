@@ -212,3 +212,39 @@ async def test_auto_read_only_opens_for_writing_when_somebody_writes(graph: Grap
 async def test_inactive_nodes_are_refused(graph: Graph) -> None:
     with pytest.raises(Error, match="Inactive nodes are not supported"):
         await graph.add({"driver": "null-co", "node-name": "n", "active": False})
+
+
+@pytest.mark.parametrize(
+    ("more", "shares_resize"),
+    [({}, True), ({"offset": 0}, True), ({"offset": 512}, False), ({"size": 512}, False)],
+)
+async def test_only_a_real_window_holds_its_end(
+    graph: Graph, image: Path, more: dict[str, int], shares_resize: bool
+) -> None:
+    await open_file(graph, image)
+    node = await graph.add({"driver": "raw", "node-name": "w", "file": "f", **more})
+    assert bool(node.children["file"].shared & Permission.RESIZE) is shares_resize
+
+
+async def test_an_odd_offset_leaves_an_end_of_zeroes(graph: Graph, tmp_path: Path) -> None:
+    path = tmp_path / "odd.img"
+    path.write_bytes(b"x" * 777)
+    await open_file(graph, path)
+    node = await graph.add({"driver": "raw", "node-name": "w", "file": "f", "offset": 770})
+    assert node.size == 512
+    assert bytes(await node.pread(0, 512)) == b"x" * 7 + bytes(505)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"size": (1 << 63) - (1 << 30) + 1}, "Could not refresh total sector count: File too large"),
+        ({"latency-ns": 1 << 63}, "latency-ns is invalid"),
+        ({"latency-ns": -1}, "latency-ns is invalid"),
+    ],
+)
+async def test_absurd_null_disks_are_refused(graph: Graph, options: dict[str, int], text: str) -> None:
+    with pytest.raises(Error) as caught:
+        await graph.add({"driver": "null-co", "node-name": "n", **options})
+    assert caught.value.desc == text
+    assert graph._nodes == {}

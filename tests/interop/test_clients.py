@@ -80,7 +80,7 @@ def assert_disk_works(daemon: RunningDaemon) -> None:
     assert daemon.node_names() == NODES
     (entry,) = daemon.execute("query-block")
     assert entry["inserted"]["node-name"] == "libvirt-3-format"
-    device = "/machine/peripheral/virtio-disk1/virtio-backend"
+    device = "-d /machine/peripheral/virtio-disk1/virtio-backend"
     assert "wrote 65536/65536 bytes at offset 4096" in daemon.qemu_io(device, "write -P 0x5a 4k 64k")
     answer = daemon.qemu_io(device, "read -P 0x5a 4k 64k")
     assert "read 65536/65536 bytes at offset 4096" in answer

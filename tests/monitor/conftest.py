@@ -92,7 +92,7 @@ async def serve(tmp_path):
     ) -> Served:
         monitor = Monitor(fake_dispatcher(handlers, **commands), VERSION, **(options or {}))
         path = str(tmp_path / f"monitor{len(closing)}")
-        server = await asyncio.get_running_loop().create_unix_server(monitor.connection, path)
+        server = await asyncio.get_running_loop().create_unix_server(monitor.connection, path, backlog=1000)
         served = Served(monitor, path)
         closing.append((server, served))
         return served

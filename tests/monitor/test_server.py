@@ -163,9 +163,10 @@ async def test_events_go_to_every_negotiated_client_and_precede_the_reply_of_the
     assert await fresh.ask("qmp_capabilities") == {"return": {}}
 
 
-async def test_replies_to_pipelined_commands_go_out_together(serve):
+async def test_replies_to_pipelined_commands_go_out_together(serve, monkeypatch):
+    monkeypatch.setattr("qmpd.monitor.server._TURN", 1000.0)
     served = await serve({"query": lambda arguments: {}})
-    (connection,) = [served.monitor.connection()]
+    connection = served.monitor.connection()
     writes = []
 
     class Recorder(asyncio.Transport):
@@ -182,6 +183,7 @@ async def test_replies_to_pipelined_commands_go_out_together(serve):
     connection.data_received(lines("qmp_capabilities", *["query"] * 100))
     assert len(writes) == 2
     assert writes[1].count(b"\r\n") == 101
+    connection.connection_lost(None)
 
 
 async def test_a_client_that_vanishes_does_not_stop_its_command(serve):
@@ -277,9 +279,8 @@ async def test_two_hundred_clients_work_while_one_never_reads(serve):
     dead = socket.socket(socket.AF_UNIX)
     dead.setblocking(False)
     await asyncio.get_running_loop().sock_connect(dead, served.path)
-    await asyncio.get_running_loop().sock_sendall(
-        dead, lines("qmp_capabilities", *["wait"] * 100, arguments={})
-    )
+    requests = lines("qmp_capabilities") + lines("wait", arguments={"value": -1}) * 100
+    await asyncio.get_running_loop().sock_sendall(dead, requests)
 
     async def converse(number):
         client = await served.connect()

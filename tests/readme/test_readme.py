@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -95,6 +96,25 @@ def test_the_commands_of_a_section_work(heading: str, tmp_path: Path) -> None:
     assert status == 0, shown
     assert '"error"' not in shown, shown
     assert "Traceback" not in shown, shown
+
+
+def test_the_demo_shows_what_the_readme_says() -> None:
+    """Line by line, where three dots stand for any lines and every run has its own directory."""
+    (excerpt,) = [text for language, text in sections()["qmpd"] if language == "text"]
+    demo = subprocess.run(
+        [sys.executable, "-m", "qmpd", "demo"],
+        cwd=CHECKOUT,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    shown = re.sub(r"/\S*?/qmpd-demo-\w+", "/tmp/qmpd-demo", demo.stdout)
+    position = 0
+    for part in excerpt.split("...\n"):
+        found = shown.find(part, position)
+        assert found >= 0, f"not in the demo's output, or not in this place:\n{part}"
+        position = found + len(part)
 
 
 def test_the_files_that_the_readme_links_to_exist() -> None:

@@ -99,7 +99,7 @@ class LuksNode(Node):
         """The header, and the key material of the active keyslots with their numbers."""
         try:
             data = await read_padded(source, 0, luks1.HEADER_BYTES)
-            header = luks1.Header.parse(data, detached=source is not self.file)
+            header = luks1.Header.parse(data, detached="header" in self.children)
             active = [number for number, slot in enumerate(header.slots) if slot.active]
             return header, [
                 (number, await read_padded(source, *header.material_extent(number))) for number in active

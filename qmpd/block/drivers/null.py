@@ -33,7 +33,7 @@ class NullCoNode(Node):
             raise Error(f"Value '{size}' is out of range for parameter 'size'")
         self._size = -(-size // SECTOR) * SECTOR
         latency: int = options.get("latency-ns", 0)
-        if latency < 0:
+        if not 0 <= latency < 1 << 63:
             raise Error("latency-ns is invalid")
         self._latency = latency / 1e9
 

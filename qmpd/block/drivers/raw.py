@@ -36,24 +36,26 @@ class RawNode(Node):
                 raise Error("Specified size is not multiple of 512")
 
     @property
-    def _is_window(self) -> bool:
-        return any(name in self.options for name in self.strong_options)
-
-    @property
     def size(self) -> int:
         """The window's size, or what the child has from the offset on."""
         if self._fixed_size is not None:
             return self._fixed_size
-        return max(self.file.size - self._offset, 0) // SECTOR * SECTOR
+        return -(-max(self.file.size - self._offset, 0) // SECTOR) * SECTOR
 
     def child_permissions(
         self, role: str, perm: Permission, shared: Permission
     ) -> tuple[Permission, Permission]:
         """As its parents ask; but nobody may move the end under a window."""
-        return perm, shared & ~Permission.RESIZE if self._is_window else shared
+        is_window = bool(self.options.get("offset")) or "size" in self.options
+        return perm, shared & ~Permission.RESIZE if is_window else shared
 
     async def _pread(self, offset: int, length: int) -> Data:
-        return await self.file.pread(self._offset + offset, length)
+        start = self._offset + offset
+        available = self.file.size - start
+        if length <= available:
+            return await self.file.pread(start, length)
+        # An odd offset leaves an odd end; the rest of the last sector reads as zeroes.
+        return bytes(await self.file.pread(start, max(available, 0))).ljust(length, b"\0")
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
         await self.file.pwrite(self._offset + offset, data)

@@ -1,0 +1,160 @@
+"""Wrong command lines, given to qemu-storage-daemon and to qmpd: status and words are the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from daemons import CHECKOUT, PATIENCE, QMPD, STORAGE_DAEMON
+
+#: Each ends both programs before they run.
+WRONG = [
+    ["--object"],
+    ["--obj", "secret,id=a", "--block", "driver=nope"],
+    ["--object", "secret"],
+    ["--object", "nope,id=a"],
+    ["--object", ""],
+    ["--object="],
+    ["--object", "qom-type=secret,id=a,data=x", "--object", "qom-type=secret,id=a,data=x"],
+    ["--object", "secret,id=a,data=x,foo=y"],
+    ["--object", "secret,id=_-3,data=x"],
+    ["--object", "secret,,id=a"],
+    ["--object", "secret,id=a,,data=x"],
+    ["--object", "secret,id=a,data"],
+    ["--object", "secret,id=a,iv.x=3,data=1"],
+    ["--object", "secret,id=a,format=foo,data=1"],
+    ["--object", "secret,id=a,.x=1"],
+    ["--object", "secret,id=a,x y=1"],
+    ["--object", "help,secret"],
+    ["--object", "iothread,id=a,poll-max-ns=1k"],
+    ["--object", "iothread,id=a,poll-max-ns=99999999999999999999"],
+    ["--object", '{"qom-type":"secret"'],
+    ["--object", '{"qom-type":"secret"}'],
+    ["--object", "[1]"],
+    ["--blockdev", '{"driver":"null-co", bad}'],
+    ["--blockdev", '{"driver":"null-co"}'],
+    ["--blockdev", '{"driver":"raw"} x'],
+    ["--blockdev", '{"driver":"raw"}{}'],
+    ["--blockdev", ' {"driver":"raw"}'],
+    ["--blockdev", '{"driver":"null-co","driver":"null-co"}'],
+    ["--blockdev", "{'driver':'null-co'}"],
+    ["--blockdev", "driver=null-co"],
+    ["--blockdev", "null-co,node-name=a", "--blockdev", "null-co,node-name=a"],
+    ["--blockdev", ""],
+    ["--blockdev", "=x"],
+    ["--blockdev", "foo"],
+    ["--blockdev", "help"],
+    ["--blockdev", "null-co,?"],
+    ["--blockdev", "driver=file,node-name=a,filename"],
+    ["--blockdev", "null-co,node-name=a,size=1k"],
+    ["--blockdev", "null-co,node-name=a,read-only=maybe"],
+    ["--blockdev", "null-co,node-name=a,cache=foo"],
+    ["--blockdev", "null-co,node-name=a,cache.direct=on,cache=foo"],
+    ["--blockdev", "raw,node-name=a,file.0=x"],
+    ["--blockdev", "raw,node-name=a,file=x"],
+    ["--blockdev", "raw,node-name=a,file.driver=null-co,file=x"],
+    ["--monitor", "m"],
+    ["--monitor", "help"],
+    ["--monitor", ""],
+    ["--monitor", "mode=control"],
+    ["--monitor", "chardev=m,mode=readline"],
+    ["--monitor", "chardev=m,mode=foo"],
+    ["--monitor", "chardev=m,foo=1"],
+    ["--monitor", "chardev=m,pretty"],
+    ["--monitor", "chardev=m,pretty=maybe"],
+    ["--monitor", '{"chardev":"a","pretty":"on"}'],
+    ["--chardev", "stdio,id=a", "--monitor", "a,mode=readline"],
+    ["--chardev", ""],
+    ["--chardev="],
+    ["--chardev", "id=a"],
+    ["--chardev", "socket"],
+    ["--chardev", "socket,id=a"],
+    ["--chardev", "nope,id=a"],
+    ["--chardev", "socket,id=a,path=s,server=maybe"],
+    ["--chardev", "socket,id=a,path=s,foo=1"],
+    ["--chardev", "socket,id=a,path=s,wait=off"],
+    ["--chardev", "socket,id=a,path=s"],
+    ["--chardev", "socket,id=a,host=localhost"],
+    ["--chardev", "socket,id=a,host=localhost,port=abc,server=on,wait=off"],
+    ["--chardev", "socket,id=a,host=127.0.0.1,port=1"],
+    ["--chardev", "socket,id=a,path=s,host=x,port=3,server=on,wait=off"],
+    ["--chardev", "socket,id=a,fd=99,server=on,wait=off"],
+    ["--chardev", "socket,id=a,fd=0,server=on,wait=off"],
+    ["--chardev", "socket,id=a,fd=abc,server=on,wait=off"],
+    ["--chardev", "socket,id=a,path=none/s,server=on,wait=off"],
+    ["--chardev", f"socket,id=a,path={'x' * 200},server=on,wait=off"],
+    ["--chardev", "socket,id=3a,path=s,server=on,wait=off"],
+    ["--chardev", "stdio,id=a", "--chardev", "stdio,id=b"],
+    ["--chardev", "stdio,id=a,foo=off"],
+    ["--daemonize", "--chardev", "stdio,id=a"],
+    ["--daemonize", "--object", "secret"],
+    ["--daemonize", "--pidfile", "none/pid"],
+    ["--pidfile", "none/pid"],
+    ["--pidfile", "/"],
+    ["--pidfile", ""],
+    ["--pidfile"],
+    ["--pidfile", "none/pid", "--object", "secret"],
+    ["foo"],
+    ["-"],
+    [""],
+    ["--pidfile", "pid", "foo"],
+    ["-x"],
+    ["-xV"],
+    ["-T"],
+    ["--trace", "foo=bar"],
+    ["--frobnicate"],
+    ["--frob=3"],
+    ["---"],
+    ["--version=1"],
+    ["--daemonize=1"],
+    ["--ch", "--help"],
+    ["--frob", "--version"],
+    ["--blockdev", "null-co,node-name=n", "--export", "type=nbd,id=e,node-name=n"],
+]
+
+
+def refusal(program: tuple[str, ...], arguments: list[str], directory: Path) -> tuple[int, str]:
+    """Return the exit status and the first line on standard error, without the program's name.
+
+    A second line is a hint, which qmpd does without or puts into the first.
+    """
+    directory.mkdir()
+    result = subprocess.run(
+        [*program, *arguments],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    first, *_ = result.stderr.splitlines()
+    return result.returncode, first.partition(": ")[2]
+
+
+Refusals = dict[tuple[str, ...], "tuple[tuple[int, str], tuple[int, str]]"]
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> Refusals:
+    """What qemu-storage-daemon and qmpd say to each of them, asked several at a time."""
+    directory = tmp_path_factory.mktemp("refusals")
+
+    def ask(index: int) -> tuple[tuple[int, str], tuple[int, str]]:
+        theirs = refusal(STORAGE_DAEMON, WRONG[index], directory / f"{index}-theirs")
+        return theirs, refusal(QMPD, WRONG[index], directory / f"{index}-ours")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(map(tuple, WRONG), pool.map(ask, range(len(WRONG))), strict=True))
+
+
+@pytest.mark.peer("qemu-storage-daemon")
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_wrong_command_line_is_refused_alike(arguments: list[str], refusals: Refusals) -> None:
+    (status, expected), (own_status, own) = refusals[tuple(arguments)]
+    assert own_status == status
+    assert own.startswith(expected)
