@@ -12,10 +12,13 @@ the length that somebody types.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import getopt
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Final, TextIO
 
@@ -32,6 +35,7 @@ _INT64_MAX: Final = (1 << 63) - 1
 #: What `write` writes unless it is told something else.
 _DEFAULT_PATTERN: Final = 0xCD
 
+_SECTOR: Final = 512
 _UNITS: Final = "KMGTPE"
 _DUMP_WIDTH: Final = 16
 
@@ -42,6 +46,14 @@ class _Refusal(Exception):
 
 class _Usage(Exception):
     """A command line that is not one: its usage is printed."""
+
+
+class _PatternFileFailure(Exception):
+    """A file that can't be a pattern; the text goes where complaints go."""
+
+
+#: Gives so many bytes of what is to be written.
+_Source = Callable[[int], Awaitable[bytes | memoryview]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +124,8 @@ class QemuIO:
             self._stdout.write(f"{refusal}\n")
         except _Usage:
             self._stdout.write(command.usage)
+        except _PatternFileFailure as failure:
+            self._stderr.write(f"{failure}\n")
         except getopt.GetoptError as error:
             self._stderr.write(f"{command.name}: {_option_complaint(error)}\n")
             self._stdout.write(command.usage)
@@ -139,6 +153,7 @@ class QemuIO:
         if skip + checked > length:
             raise _Refusal("pattern verification range exceeds end of read data")
         if "-b" in options:
+            _check_sectors(words)
             raise _Refusal("read failed: Operation not supported")
         span = None if pattern is None else (pattern, skip, checked)
         await self._read(options, offset, length, span)
@@ -175,25 +190,29 @@ class QemuIO:
         self._report("read", options, offset, length, seconds)
 
     async def write(self, arguments: list[str]) -> None:
-        """Write a pattern or zeroes."""
-        options, words = _options(arguments, "bcCfnpqruzP:")
+        """Write a pattern, a file's contents over and over, or zeroes."""
+        options, words = _options(arguments, "bcCfnpqruzP:s:")
         pattern = _pattern(options["-P"]) if "-P" in options else _DEFAULT_PATTERN
         if len(words) != 2:
             raise _Usage
-        if "-b" in options and "-c" in options:
-            raise _Refusal("-b and -c cannot be specified at the same time")
+        if "-b" in options and "-z" in options:
+            raise _Refusal("-b and -z cannot be specified at the same time")
         if "-f" in options and ("-b" in options or "-c" in options):
             raise _Refusal("-f and -b or -c cannot be specified at the same time")
         for option in ("-n", "-u"):
             if option in options and "-z" not in options:
                 raise _Refusal(f"{option} requires -z to be specified")
-        if "-z" in options and "-P" in options:
+        if sum(option in options for option in ("-z", "-P", "-s")) > 1:
             raise _Refusal("Only one of -z, -P, and -s can be specified at the same time")
         offset = _number(words[0])
         length = _number(words[1]) if "-n" in options else _length(words[1], " without -n")
-        if "-b" in options or ("-c" in options and "-z" not in options):
-            raise _Refusal("write failed: Operation not supported")
-        await self._write(options, offset, length, None if "-z" in options else pattern)
+        if "-b" in options or "-c" in options:
+            _check_sectors(words)
+        if "-s" in options:
+            with closing(await asyncio.to_thread(_PatternFile, options["-s"])) as file:
+                await self._write(options, offset, length, file.read)
+        else:
+            await self._write(options, offset, length, None if "-z" in options else _fill(pattern))
 
     async def writev(self, arguments: list[str]) -> None:
         """Write from several buffers, which are one here."""
@@ -201,18 +220,27 @@ class QemuIO:
         if len(words) < 2:
             raise _Usage
         pattern = _pattern(options["-P"]) if "-P" in options else _DEFAULT_PATTERN
-        await self._write(options, _number(words[0]), _vector_length(words[1:]), pattern)
+        await self._write(options, _number(words[0]), _vector_length(words[1:]), _fill(pattern))
 
-    async def _write(self, options: Mapping[str, str], offset: int, length: int, pattern: int | None) -> None:
+    async def _write(
+        self, options: Mapping[str, str], offset: int, length: int, source: _Source | None
+    ) -> None:
+        """Write what `source` gives, or zeroes.
+
+        :raise OSError: ENOTSUP too: no node takes compressed data or keeps a machine's state.
+        """
         began = time.monotonic()
-        if pattern is None:
+        if "-b" in options:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        if source is None:
             for _ in _pieces(offset, length, self._backend.size):
                 break
             await self._backend.write_zeroes(offset, length, unmap="-u" in options)
         else:
-            data = bytes((pattern,)) * min(length, _PIECE)
             for at, size in _pieces(offset, length, self._backend.size):
-                await self._backend.pwrite(at, data if size == len(data) else data[:size])
+                if "-c" in options:
+                    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+                await self._backend.pwrite(at, await source(size))
         if "-f" in options:
             await self._backend.flush()
         self._finish("wrote", options, offset, length, time.monotonic() - began)
@@ -328,7 +356,7 @@ _COMMANDS: Final = (
     _Command(
         "write",
         "w",
-        "[-bcCfnpqruz] [-P pattern] off len",
+        "[-bcCfnpqruz] [-P pattern | -s file] off len",
         "writes a range",
         2,
         None,
@@ -435,6 +463,76 @@ def _pattern(text: str) -> int:
     if not 0 <= value <= 0xFF:
         raise _Refusal(f"{text} is not a valid pattern byte")
     return value
+
+
+def _check_sectors(words: list[str]) -> None:
+    for what, word in zip(("offset", "count"), words, strict=True):
+        if _number(word) % _SECTOR:
+            raise _Refusal(f"{_number(word)} is not a sector-aligned value for '{what}'")
+
+
+# -- what is written
+
+
+def _fill(pattern: int) -> _Source:
+    piece = memoryview(bytes((pattern,)) * _PIECE)
+
+    async def source(size: int) -> memoryview:
+        return piece[:size]
+
+    return source
+
+
+class _PatternFile:
+    """A file whose contents are written over and over.
+
+    :raise _PatternFileFailure: if it can't be read, or there is nothing in it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        try:
+            # Without waiting: a FIFO that nobody writes into is empty.
+            self._descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError as error:
+            raise self._failure(error) from None
+        try:
+            self._ahead = self._more(1)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    async def read(self, size: int) -> bytes:
+        """The next `size` bytes."""
+        return await asyncio.to_thread(self._read, size)
+
+    def _read(self, size: int) -> bytes:
+        taken, self._ahead = self._ahead, b""
+        pieces = [taken]
+        missing = size - len(taken)
+        while missing > 0:
+            pieces.append(self._more(missing))
+            missing -= len(pieces[-1])
+        return b"".join(pieces)
+
+    def _more(self, size: int) -> bytes:
+        try:
+            data = os.read(self._descriptor, size)
+            if not data:
+                os.lseek(self._descriptor, 0, os.SEEK_SET)
+                data = os.read(self._descriptor, size)
+        except OSError as error:
+            raise self._failure(error) from None
+        if not data:
+            raise _PatternFileFailure(f"{self._name}: file is empty")
+        return data
+
+    def _failure(self, error: OSError) -> _PatternFileFailure:
+        return _PatternFileFailure(f"{self._name}: {os.strerror(error.errno or 0)}")
 
 
 # -- requests

@@ -7,6 +7,7 @@ read elsewhere: by the schema, or by :mod:`qmpd.cli.chardev_options`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,13 +38,40 @@ class Option:
     text: str
 
 
+#: Where the passphrase of a secret begins, in either spelling of an option.
+_DATA: Final = re.compile(r"""(\bdata["']?\s*[=:])""")
+_QUOTED: Final = re.compile(r"'([^']+)'")
+
+
 @contextmanager
 def naming(option: Option) -> Iterator[None]:
-    """Put the option in front of what is wrong with it."""
+    """Put the option in front of what is wrong with it, but no passphrase."""
     try:
         yield
     except Error as error:
-        raise Error(f"{option.text}: {error.desc}") from error
+        text, desc = option.text, error.desc
+        if option.name == "object":
+            text, desc = _without_passphrase(text, desc)
+        raise Error(f"{text}: {desc}") from None
+
+
+def _without_passphrase(text: str, desc: str) -> tuple[str, str]:
+    """The text of an ``--object`` and what is wrong with it, less all that may be of a passphrase.
+
+    QEMU repeats both as they are.  A comma that was not doubled makes the rest of
+    a passphrase look like further parameters, so nothing after ``data`` is shown,
+    and of it the description may quote only names of parameters.
+    """
+    head, found, tail = [*_DATA.split(text, maxsplit=1), "", ""][:3]
+    if not found:
+        return text, desc
+
+    def quoted(match: re.Match[str]) -> str:
+        word = match[1]
+        is_name = re.search(rf"""{re.escape(word)}["']?\s*[=:]""", tail)
+        return match[0] if is_name or word not in tail else "'...'"
+
+    return f"{head}{found}...", _QUOTED.sub(quoted, desc)
 
 
 #: qemu-storage-daemon's options in its order, and whether they take a value.

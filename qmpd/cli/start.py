@@ -18,8 +18,8 @@ from qmpd.cli.options import Answered, Option, naming
 from qmpd.errors import Error
 from qmpd.monitor.chardev import ChardevConfig
 from qmpd.qapi import HelpRequested, Schema, keyval
-from qmpd.qapi.json_dialect import parse_json
 from qmpd.qapi.types import BuiltinType, EnumType, ObjectType
+from qmpd.qjson import parse_json
 
 if TYPE_CHECKING:
     from qmpd.cli.systemd import PassedSocket

@@ -14,6 +14,7 @@ from qmpd.block.node import Node
 from qmpd.block.permissions import Permission
 from qmpd.commands.parts import Handler, Parts
 from qmpd.errors import DeviceNotActive, Error
+from qmpd.qom.guest_disk import GuestDisk
 
 # -- adding and deleting
 
@@ -161,14 +162,22 @@ def block_device_info(node: Node) -> dict[str, Any]:
 
 
 def block_info(backend: Backend) -> dict[str, Any]:
-    """BlockInfo of a device's disk."""
+    """BlockInfo of a device's disk.
+
+    There is an I/O status where an error may stop the machine.  A device with an
+    empty id has a name that can't be told from none.
+    """
+    assert isinstance(backend, GuestDisk), "only devices have disks"
+    inserted = block_device_info(backend.node)
+    inserted["cache"]["writeback"] = backend.write_cache
     return {
-        "io-status": "ok",
+        **({"io-status": "ok"} if backend.stops_on_error else {}),
         "device": backend.name,
         "locked": False,
-        "removable": False,
-        "inserted": block_device_info(backend.node),
-        "qdev": backend.qdev,
+        "removable": backend.removable,
+        "inserted": inserted,
+        **({"qdev": backend.qdev} if backend.qdev else {}),
+        **({"tray_open": False} if backend.removable else {}),
         "type": "unknown",
     }
 

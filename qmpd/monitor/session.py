@@ -15,7 +15,7 @@ from enum import Enum, auto
 from typing import Any, Final, NamedTuple, Protocol
 
 from qmpd.errors import CommandNotFound, Error
-from qmpd.monitor.json_stream import JSONError, JSONStream
+from qmpd.qjson import JSONError, JSONStream
 
 #: What the greeting offers and `qmp_capabilities` may enable.
 CAPABILITIES: Final = ("oob",)

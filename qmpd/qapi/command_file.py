@@ -1,24 +1,21 @@
 """Checking a file of QMP commands without running them.
 
 The text holds JSON objects one after the other, on as many lines as they like,
-in the dialect of :mod:`qmpd.qapi.json_dialect`.  Every command is checked as
+in QEMU's dialect (:mod:`qmpd.qjson`).  Every command is checked as
 the monitor would check it; the problems come in the order of the text.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from qmpd.errors import Error
-from qmpd.qapi.json_dialect import JSONError, parse_prefix, skip_space
 from qmpd.qapi.schema import Schema
+from qmpd.qjson import located
 
 _MEMBERS: Final = frozenset({"execute", "exec-oob", "arguments", "id"})
-#: Where to go on after text that is not JSON: a line that begins another object.
-_NEXT_OBJECT: Final = re.compile(r"^[ \t]*\{", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +66,10 @@ def _command_name(request: Mapping[str, Any]) -> tuple[str, bool]:
 
 def problems(schema: Schema, text: str) -> Iterator[Problem]:
     """Yield what is wrong with the commands of a text, at most one problem for each."""
-    # Counting goes on from where it stopped, so that a long file costs each line once.
-    line, counted = 1, 0
-    offset = skip_space(text, 0)
-    while offset < len(text):
-        start = offset
-        problem: Error | None = None
-        place = start
+    for line, request in located(text):
         try:
-            request, offset = parse_prefix(text, start)
-        except JSONError as error:
-            problem, place = error, error.offset
-            following = _NEXT_OBJECT.search(text, max(error.offset, start + 1))
-            offset = following.start() if following else len(text)
-        else:
-            try:
-                _check_request(schema, request)
-            except Error as error:
-                problem = error
-        # A text that ends too early is reported where the unfinished command begins.
-        if place == len(text):
-            place = start
-        if problem is not None:
-            line, counted = line + text.count("\n", counted, place), place
-            yield Problem(line, problem.desc)
-        offset = skip_space(text, offset)
+            if isinstance(request, Error):
+                raise request
+            _check_request(schema, request)
+        except Error as error:
+            yield Problem(line, error.desc)

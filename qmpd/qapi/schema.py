@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any
 
 from qmpd.qapi import introspection, keyval
-from qmpd.qapi.json_dialect import parse_json
 from qmpd.qapi.json_schema import Definitions
 from qmpd.qapi.parser import parse_file, parse_text
 from qmpd.qapi.resolve import Resolved, resolve
@@ -30,6 +29,7 @@ from qmpd.qapi.types import (
     Type,
 )
 from qmpd.qapi.validation import JSON_STYLE, OPTION_STYLE, Style, Validation, check
+from qmpd.qjson import parse_json
 
 
 class Command:

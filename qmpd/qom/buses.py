@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from qmpd.errors import Error
-from qmpd.qom.models import AUTO_UINT32
+from qmpd.errors import DeviceNotFound, Error
+from qmpd.qom.models import ALIASES, AUTO_UINT32
 from qmpd.qom.object import Object, Property
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ class Bus(Object):
     """What devices are plugged into.
 
     :param type_name: its type in QOM, which messages call it by.
-    :param kind: "PCI" or "SCSI".
     :param hotplug: whether devices may come and go.
     """
 
+    #: What goes on it: "PCI", "SCSI", or "System".
     kind: str
 
     def __init__(self, type_name: str, *, hotplug: bool = True) -> None:
@@ -60,6 +61,16 @@ class Bus(Object):
             raise Error(f"Bus '{self.name}' does not support hotplugging")
 
 
+class SystemBus(Bus):
+    """The bus of what a machine consists of: nothing that can be plugged in goes there."""
+
+    kind = "System"
+
+    def __init__(self) -> None:
+        super().__init__("System")
+        self.name = "main-system-bus"
+
+
 class PCIBus(Bus):
     """A PCI bus; a root port's has one slot only.
 
@@ -70,6 +81,7 @@ class PCIBus(Bus):
 
     def __init__(self, type_name: str = "PCI", *, hotplug: bool = True, root_port: bool = False) -> None:
         super().__init__(type_name, hotplug=hotplug)
+        self.root_port = root_port
         self._slots = range(1) if root_port else range(_SLOTS)
         self._reserved = frozenset() if root_port else _RESERVED_SLOTS
 
@@ -161,6 +173,51 @@ class SCSIBus(Bus):
 
 def _path(each: Object) -> str:
     return each.path
+
+
+def descend(bus: Bus, names: list[str], path: str) -> Bus:
+    """The bus below `bus` that a path of buses and devices in turns leads to.
+
+    A device at the end stands for the bus that it provides.
+
+    :param names: the path's parts from `bus` on, the first one a device: its id, or its type.
+    :param path: the whole path, for messages.
+    :raise Error: if a part is not there, or the last one takes no more devices.
+    """
+    parts = deque(names)
+    while parts:
+        name = parts.popleft()
+        device = _on_bus(bus, name)
+        if device.model.inner is not None:
+            # The other half of a virtio device is on a bus that has room for it only.
+            _check_name("virtio-bus", parts)
+            if not parts:
+                raise Error(f"Bus '{path}' is full")
+            name = parts.popleft()
+            if name != device.model.inner:
+                raise DeviceNotFound(f"Device '{name}' not found")
+        provided = device.own_bus
+        _check_name(None if provided is None else provided.name, parts)
+        if provided is None:
+            raise Error(f"Device '{name}' has no child bus")
+        bus = provided
+    return bus
+
+
+def _check_name(bus_name: str | None, parts: deque[str]) -> None:
+    """Take the name of a device's bus from a path, where there may be one."""
+    if parts and (wanted := parts.popleft()) != bus_name:
+        raise Error(f"Bus '{wanted}' not found")
+
+
+def _on_bus(bus: Bus, name: str) -> Device:
+    for device in bus.devices:
+        if device.device_id == name:
+            return device
+    for device in bus.devices:
+        if device.type_name == ALIASES.get(name, name):
+            return device
+    raise DeviceNotFound(f"Device '{name}' not found")
 
 
 def pci_address(type_name: str, value: object) -> int:

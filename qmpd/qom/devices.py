@@ -22,10 +22,20 @@ from qmpd.block.graph import Graph
 from qmpd.block.node import Node
 from qmpd.block.permissions import Permission
 from qmpd.errors import DeviceNotFound, Error
-from qmpd.qom.buses import Bus, PCIBus, SCSIBus, pci_address
+from qmpd.qom.buses import Bus, PCIBus, SCSIBus, SystemBus, descend, pci_address
 from qmpd.qom.device import Device, DeviceHalf
+from qmpd.qom.guest_disk import GuestDisk
 from qmpd.qom.iothread import IOThread
-from qmpd.qom.models import ALIASES, AUTO_UINT16, AUTO_UINT32, HISTORIC, INNER_BUS, MODELS, Model
+from qmpd.qom.models import (
+    ALIASES,
+    AUTO_UINT16,
+    AUTO_UINT32,
+    HISTORIC,
+    INNER_BUS,
+    MODELS,
+    Model,
+    absent_properties,
+)
 from qmpd.qom.object import schema_properties
 from qmpd.qom.tree import ObjectTree
 from qmpd.qom.types import TYPES, implements
@@ -45,10 +55,22 @@ _SECTOR: Final = 512
 _MAX_BLOCK: Final = 2 << 20
 _UNSET_DISCARD: Final = AUTO_UINT32
 
+#: Properties that are written as a size of any length, and have 32 bits.
+_SIZES_32: Final = ("min_io_size", "opt_io_size", "discard_granularity")
+
+#: What a virtio or SCSI disk can tell the guest about its smallest efficient request, in logical blocks.
+_MIN_IO_BLOCKS_MAX: Final = (1 << 16) - 1
+
+#: The largest geometry.
+_GEOMETRY_MAX: Final = (("cyls", 65535), ("heads", 255), ("secs", 255))
+
 _MAX_QUEUES: Final = 1024
 _SCSI_FIXED_QUEUES: Final = 2
 _VIRTIO_SERIAL_MAX: Final = 20
 _SCSI_SERIAL_MAX: Final = 36
+
+#: The values of `werror` that stop the machine, some of the time at least; "auto" means "enospc".
+_STOPPING: Final = frozenset({"auto", "enospc", "stop"})
 
 #: What a guest's disk lets others do with its node.
 _SHARED: Final = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED | Permission.RESIZE
@@ -66,6 +88,7 @@ class Devices:
         self._graph = graph
         self._tree = tree
         self._emit = emit
+        self._system_bus = SystemBus()
         self._root_bus = PCIBus()
         self._root_bus.name = "pci.0"
         #: SCSI buses, newest first; root ports' buses are found by name only.
@@ -105,14 +128,7 @@ class Devices:
 
     def _find_bus(self, model: Model, wanted: object) -> Bus:
         if isinstance(wanted, str):
-            # Clients write "pci.0" or "pcie.0" after the machine that they know; there is one root.
-            found = (
-                self._root_bus
-                if wanted in ("pci.0", "pcie.0")
-                else next((bus for bus in self._buses if bus.name == wanted), None)
-            )
-            if found is None:
-                raise Error(f"Bus '{wanted}' not found")
+            found = self._bus_at(wanted)
             if found.kind != model.bus:
                 raise Error(f"Device '{model.name}' can't go on {found.type_name} bus")
             return found
@@ -122,6 +138,21 @@ class Devices:
         if found is None:
             raise Error(f"No '{model.bus}' bus found for device '{model.name}'")
         return found
+
+    def _bus_at(self, path: str) -> Bus:
+        """The bus with this name, or at this path of buses and devices."""
+        names = [name for name in path.split("/") if name]
+        if path.startswith("/"):
+            return descend(self._system_bus, names, path)
+        first = names[0] if names else ""
+        if first in ("pci.0", "pcie.0"):
+            # Clients write one or the other after the machine that they know; there is one root.
+            bus: Bus | None = self._root_bus
+        else:
+            bus = next((bus for bus in (*self._buses, self._system_bus) if bus.name == first), None)
+        if bus is None:
+            raise Error(f"Bus '{first}' not found")
+        return descend(bus, names[1:], path)
 
     def _reserve_name(self, device_id: str | None) -> str:
         if device_id is None:
@@ -135,7 +166,7 @@ class Devices:
     def _set_properties(self, device: Device, options: Mapping[str, Any]) -> None:
         model, schema = device.model, self._tree.schema
         given = {name: value for name, value in options.items() if name not in _COMMAND_MEMBERS}
-        known = schema_properties(schema, model.struct, {})
+        known = schema_properties(schema, model.struct, {}).keys() - absent_properties(model.name)
         readable = device.own_properties()
         for name in given:
             if name in known:
@@ -149,6 +180,13 @@ class Devices:
         schema.validate(model.struct, values)
         if values.get("scsi"):
             raise Error("Parameter 'scsi' can only be off: virtio-blk passes no SCSI requests on any more")
+        for name in _SIZES_32:
+            # QMP takes a negative number for an unsigned one, and so it is a very large one.
+            size = values.get(name, 0) % (1 << 64)
+            if size > AUTO_UINT32:
+                raise Error(
+                    f"Property {model.owner(name)}.{name} doesn't take value {size} (maximum: {AUTO_UINT32})"
+                )
         for name in ("logical_block_size", "physical_block_size"):
             _check_block_size(name, values.get(name, 0))
         self._check_boot_index(values.get("bootindex", -1), device)
@@ -197,9 +235,18 @@ class Devices:
         if not node.read_only:
             perm |= Permission.WRITE
         shared = _SHARED | (Permission.WRITE if device.values["share-rw"] else Permission.nothing())
-        backend = Backend(self._graph, qdev=qdev, device_id=device.device_id, perm=perm, shared=shared)
-        backend.attach(node)
-        device.backend = backend
+        disk = GuestDisk(
+            self._graph,
+            qdev=qdev,
+            device_id=device.device_id,
+            perm=perm,
+            shared=shared,
+            removable=device.values["removable"],
+            write_cache=device.values["write-cache"] != "off",
+            stops_on_error=device.values["werror"] in _STOPPING or device.values["rerror"] == "stop",
+        )
+        disk.attach(node)
+        device.backend = disk
 
     def _commit(self, device: Device, name: str) -> None:
         """Put the device and what it brings into the tree.  Nothing here fails."""
@@ -388,27 +435,47 @@ def _prepare_disk(device: Device, node: Node | None) -> Node:
     return node
 
 
-def _settle_disk(device: Device, node: Node) -> None:
-    """Check the geometry, and fill in what was left open."""
+def _settle_virtio(device: Device) -> None:
+    """Settle which forms of virtio there are: the oldest one needs I/O space, which a port gives to nobody."""
+    values = device.values
+    if values["disable-legacy"] == "auto":
+        in_port = isinstance(device.bus, PCIBus) and device.bus.root_port
+        values["disable-legacy"] = "on" if in_port else "off"
+    if values["disable-legacy"] == "on" and values["disable-modern"]:
+        raise Error("device cannot work as neither modern nor legacy mode is enabled")
+
+
+def _settle_block_sizes(device: Device) -> None:
+    """Check the sizes of requests, and fill in what was left open."""
     values = device.values
     values["logical_block_size"] = logical = values["logical_block_size"] or _SECTOR
     values["physical_block_size"] = values["physical_block_size"] or _SECTOR
     if logical > values["physical_block_size"]:
         raise Error("logical_block_size > physical_block_size not supported")
-    for name in ("min_io_size", "opt_io_size"):
-        if values[name] % logical:
-            raise Error(f"{name} must be a multiple of logical_block_size")
+    if values["min_io_size"] % logical:
+        raise Error("min_io_size must be a multiple of logical_block_size")
+    if values["min_io_size"] // logical > _MIN_IO_BLOCKS_MAX:
+        raise Error(f"min_io_size must not exceed {_MIN_IO_BLOCKS_MAX} logical blocks")
+    if values["opt_io_size"] % logical:
+        raise Error("opt_io_size must be a multiple of logical_block_size")
     if values["discard_granularity"] != _UNSET_DISCARD and values["discard_granularity"] % logical:
         raise Error("discard_granularity must be a multiple of logical_block_size")
+
+
+def _settle_geometry(device: Device, node: Node) -> None:
+    """Check the geometry if there is one, or else make one up."""
+    values = device.values
     if not (values["cyls"] or values["heads"] or values["secs"]):
         values["heads"], values["secs"] = 16, 63
         values["cyls"] = min(max(node.size // _SECTOR // (16 * 63), 2), 16383)
+    for name, most in _GEOMETRY_MAX:
+        if not 1 <= values[name] <= most:
+            raise Error(f"{name} must be between 1 and {most}")
 
 
 def _prepare_virtio_blk(device: Device, node: Node | None) -> None:
+    _settle_virtio(device)
     disk, values = _prepare_disk(device, node), device.values
-    if values["disable-legacy"] == "on" and values["disable-modern"]:
-        raise Error("device cannot work as neither modern nor legacy mode is enabled")
     if values["num-queues"] == AUTO_UINT16:
         values["num-queues"] = 1
     if values["num-queues"] == 0:
@@ -420,13 +487,15 @@ def _prepare_virtio_blk(device: Device, node: Node | None) -> None:
         raise Error(f"invalid queue-size property ({size}), must be a power of 2 (max 1024)")
     if size <= 2:
         raise Error(f"invalid queue-size property ({size}), must be > 2")
-    _settle_disk(device, disk)
+    _settle_geometry(device, disk)
+    _settle_block_sizes(device)
     values["serial"] = values["serial"][:_VIRTIO_SERIAL_MAX]
     if values["vectors"] == AUTO_UINT32:
         values["vectors"] = values["num-queues"] + 1
 
 
 def _prepare_virtio_scsi(device: Device, node: Node | None) -> None:
+    _settle_virtio(device)
     values = device.values
     if values["num_queues"] == AUTO_UINT32:
         values["num_queues"] = 1
@@ -442,9 +511,10 @@ def _prepare_virtio_scsi(device: Device, node: Node | None) -> None:
 
 def _prepare_scsi_disk(device: Device, node: Node | None) -> None:
     disk, values = _prepare_disk(device, node), device.values
+    _settle_block_sizes(device)
+    _settle_geometry(device, disk)
     if len(values["serial"]) > _SCSI_SERIAL_MAX:
         raise Error(f"The serial number can't be longer than {_SCSI_SERIAL_MAX} characters")
-    _settle_disk(device, disk)
     if values["discard_granularity"] == _UNSET_DISCARD:
         values["discard_granularity"] = 4096
 

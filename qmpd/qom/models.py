@@ -207,6 +207,9 @@ _PCI_SIDE: Final = frozenset(
     }
 )
 
+#: Which forms of virtio a device has; the types whose name tells it have no such properties.
+_VIRTIO_FORMS: Final = frozenset({"disable-legacy", "disable-modern"})
+
 #: What every device has besides the members of its struct.
 _OF_ALL_DEVICES: Final[Mapping[str, str]] = {
     "parent_bus": "link<bus>",
@@ -216,13 +219,18 @@ _OF_ALL_DEVICES: Final[Mapping[str, str]] = {
 }
 
 
+def absent_properties(type_name: str) -> frozenset[str]:
+    """The members of a device type's struct that are properties of its relatives only."""
+    return _VIRTIO_FORMS if type_name.endswith("-transitional") else frozenset()
+
+
 def device_property_types(schema: Schema, type_name: str) -> dict[str, str]:
     """The QOM types of a device type's properties by name, without "type"."""
     properties = dict(_OF_ALL_DEVICES)
     struct = TYPES[type_name].struct
     if struct is None:
         return properties
-    hidden = _NOT_PROPERTIES | HISTORIC
+    hidden = _NOT_PROPERTIES | HISTORIC | absent_properties(type_name)
     if implements(type_name, "virtio-device"):
         hidden |= _PCI_SIDE
     members = schema_properties(schema, struct, DEVICE_TYPE_NAMES)

@@ -20,8 +20,6 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
 from qmpd.errors import Error
 from qmpd.qom.user_creatable import UserCreatable
 
@@ -213,6 +211,9 @@ def _decrypt(
     :param keys: gives the bytes of the master key's id.
     :raise Error: if any part is missing or of a wrong size.
     """
+    # Imported here, because it takes long and most daemons have no encrypted secrets.
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
     key = keys(options["keyid"])
     try:
         if len(key) != _KEY_BYTES:

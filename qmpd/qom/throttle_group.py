@@ -63,13 +63,16 @@ class ThrottleGroup(UserCreatable):
         """All limits, or one."""
         return dict(self._limits) if name == "limits" else self._limits[name.removeprefix(_PREFIX)]
 
+    def check_settable(self, name: str) -> None:
+        """Refuse the members with the prefix: they are for making the group."""
+        if name != "limits":
+            raise Error("Property cannot be set after initialization")
+
     def set(self, name: str, value: Any) -> None:
         """Change the limits that `value` names.
 
-        :raise Error: if they contradict each other, or for one with the prefix.
+        :raise Error: if they contradict each other.
         """
-        if name != "limits":
-            raise Error("Property cannot be set after initialization")
         self._limits = merged(self._limits, value)
 
 

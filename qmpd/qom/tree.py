@@ -213,8 +213,14 @@ class ObjectTree:
         self._chardevs.remove(self._chardevs.children[chardev_id])
 
     def machine(self) -> Container:
-        """The container ``/machine``, made if it is not there yet."""
-        return self.root.container("machine")
+        """The container ``/machine`` with those below it, made if it is not there yet.
+
+        What a machine consists of by itself would be in ``unattached``, which is therefore empty.
+        """
+        machine = self.root.container("machine")
+        for name in ("unattached", "peripheral-anon", "peripheral"):
+            machine.container(name)
+        return machine
 
     def close(self) -> None:
         """Remove all objects, wipe all secrets."""

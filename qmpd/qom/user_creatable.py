@@ -63,6 +63,12 @@ class UserCreatable(Object):
         :raise Error: if it may not have it.
         """
 
+    def check_settable(self, name: str) -> None:
+        """See that a member may be set at all, whatever its new value.
+
+        :raise Error: if it may not.
+        """
+
     def own_properties(self) -> Mapping[str, Property]:
         """The struct's members."""
         assert self._schema is not None, "the tree binds every object that it takes in"
@@ -74,6 +80,7 @@ class UserCreatable(Object):
 
     def _checked_set(self, name: str, value: Any) -> None:
         assert self._schema is not None
+        self.check_settable(name)
         # All members are optional, so one of them alone is a valid value of the struct.
         self._schema.validate(self.struct, {name: value})
         self.set(name, value)

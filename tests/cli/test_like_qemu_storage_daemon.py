@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -157,4 +158,5 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> Refusals:
 def test_a_wrong_command_line_is_refused_alike(arguments: list[str], refusals: Refusals) -> None:
     (status, expected), (own_status, own) = refusals[tuple(arguments)]
     assert own_status == status
-    assert own.startswith(expected)
+    # On purpose: what comes after a passphrase's beginning is not repeated.
+    assert own.startswith(re.sub(r"(--object .*?\bdata=).*?(?=: )", r"\1...", expected))

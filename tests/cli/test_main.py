@@ -77,12 +77,12 @@ WRONG = [
     ),
     (
         ["--object", "secret,id=a,data=x", "--object", "secret,id=a,data=y"],
-        "--object secret,id=a,data=y: attempt to add duplicate property 'a' to object (type 'container')",
+        "--object secret,id=a,data=...: attempt to add duplicate property 'a' to object (type 'container')",
     ),
     (["--object", "secret,id=a"], "--object secret,id=a: Either 'file' or 'data' must be provided"),
     (
         ["--object", "secret,id=3,data=x"],
-        "--object secret,id=3,data=x: Parameter 'id' expects an identifier",
+        "--object secret,id=3,data=...: Parameter 'id' expects an identifier",
     ),
     (["--monitor", "m"], '--monitor m: chardev "m" not found'),
     (

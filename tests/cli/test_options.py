@@ -100,3 +100,21 @@ def test_an_error_names_the_option_as_it_was_written() -> None:
     with pytest.raises(Error) as refusal, naming(Option("object", "x", "--obj x")):
         raise Error("is wrong")
     assert refusal.value.desc == "--obj x: is wrong"
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        ("secret,id=s,data=hunter2,format=rot13", "Parameter 'format' does not accept value 'rot13'"),
+        ("secret,id=s,data=hun,ter2", "Expected '=' after parameter 'ter2'"),
+        ('{"qom-type": "secret", "id": "s", "data": "hunter2", "x": 1}', "Parameter 'x' is unexpected"),
+        ('{"qom-type": "secret", "data": "hunter2', "JSON parse error, stray '\"hunter2'"),
+    ],
+)
+def test_no_part_of_a_passphrase_is_in_an_error(value: str, error: str) -> None:
+    option = Option("object", value, f"--object {value}")
+    with pytest.raises(Error) as caught, naming(option):
+        raise Error(error)
+    assert caught.value.desc.startswith("--object ")
+    for part in ("hunter2", "hun", "ter2"):
+        assert part not in caught.value.desc

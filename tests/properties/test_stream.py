@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from qmpd.errors import Error
 from qmpd.monitor.dispatch import Dispatcher, Reply
 from qmpd.monitor.encode import encode
-from qmpd.monitor.json_stream import JSONError, JSONStream
 from qmpd.monitor.session import Session
+from qmpd.qjson import JSONError, JSONStream
 
 #: Requests and fragments from which broken input is made; no command that changes anything.
 SEEDS = [

@@ -112,7 +112,7 @@ def test_events_reach_every_client_and_a_deaf_one_holds_up_none(daemon: RunningD
     listeners = [daemon.connect() for _ in range(20)]
     daemon.execute("blockdev-add", {"driver": "null-co", "node-name": "disk", "size": 1 << 20})
     before = daemon.resident_memory()
-    turns = 500
+    turns = 200
     for turn in range(turns):
         device = f"disk-{turn}"
         daemon.execute("device_add", {"driver": "virtio-blk-pci", "id": device, "drive": "disk"})

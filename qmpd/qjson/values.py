@@ -20,7 +20,7 @@ from enum import IntEnum, auto
 from typing import Any, Final
 
 from qmpd.errors import Error
-from qmpd.monitor.json_lexer import MAXIMUM_SIZE, Kind
+from qmpd.qjson.lexer import MAXIMUM_SIZE, Kind
 
 #: More tokens than this in one value are refused.
 MAXIMUM_TOKENS: Final = 1 << 21
@@ -34,7 +34,7 @@ _SHOWN_OF_MESSAGE: Final = 1023
 
 
 class JSONError(Error):
-    """What came is not JSON: a reply without an id, in order with the others."""
+    """What came is not JSON.  Over QMP: a reply without an id, in order with the others."""
 
 
 class _Expecting(IntEnum):
@@ -224,13 +224,21 @@ class Assembler:
         self._size = 0
         self._braces = 0
         self._brackets = 0
-        self._error: JSONError | None = None
+        #: The first error in what is collected; it is given out when the brackets balance.
+        self.error: JSONError | None = None
         self._value: Any = None
         self._expecting = _Expecting.TOP
         self._container: Any = None
         self._key = ""
         #: What to come back to when the container at hand is complete.
         self._outer: list[tuple[Any, str, _Expecting]] = []
+
+    def finish(self) -> None:
+        """Take note that nothing more comes: an unfinished value is an error."""
+        if not self.idle:
+            error = self.error or JSONError("JSON parse error, premature EOI")
+            self._reset()
+            self._give(error)
 
     def token(self, kind: Kind, text: bytes) -> None:
         """Take one token from the lexer."""
@@ -250,13 +258,13 @@ class Assembler:
         elif self._braces + self._brackets > MAXIMUM_NESTING:
             self._refuse("JSON nesting depth limit exceeded")
         else:
-            if self._error is None:
+            if self.error is None:
                 try:
                     self._understand(text if punctuation else None, kind, text)
                 except JSONError as error:
-                    self._error = error
+                    self.error = error
             if self._braces < 0 or self._brackets < 0 or self._braces == self._brackets == 0:
-                outcome = self._value if self._error is None else self._error
+                outcome = self._value if self.error is None else self.error
                 self._reset()
                 self._give(outcome)
 

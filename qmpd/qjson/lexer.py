@@ -1,9 +1,9 @@
-"""Cuts QMP's byte stream into tokens, as QEMU's monitor does.
+"""Cuts bytes into JSON tokens, as QEMU's reader does.
 
 The lexer is a state machine written down as a table: for each state the bytes
 that keep it (a regular expression, so that long strings are skipped at C's
 speed) and, for every other byte, the state that follows or how the token ends.
-It knows nothing about values; :mod:`qmpd.monitor.json_values` puts them
+It knows nothing about values; :mod:`qmpd.qjson.values` puts them
 together.
 
 The dialect is JSON (RFC 8259) with strings in single quotes and ``\\'`` added.
@@ -162,8 +162,19 @@ class Lexer:
         """Whether the next byte would be the first one of a token."""
         return self._state is State.START
 
+    def finish(self) -> None:
+        """Take note that nothing more comes: an unfinished token ends here, for better or worse."""
+        if self._state is not State.START and self._state is not State.RECOVERY:
+            # What a NUL would do, which keeps no token going and is sound in none.
+            step = _TABLE[self._state].steps[0]
+            assert isinstance(step, End), "no state goes on after a NUL"
+            text = bytes(self._unfinished)
+            self._unfinished.clear()
+            self._token(step.kind, text)
+        self._state = State.START
+
     def feed(self, data: bytes) -> None:
-        """Cut up more of the stream; nothing is raised, errors are tokens."""
+        """Cut up more of the input; nothing is raised, errors are tokens."""
         state = self._state
         position = begin = 0
         size = len(data)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qmpd.qapi.json_dialect import parse_json, parse_prefix
 
 from qmpd.errors import Error
-from qmpd.qapi.json_dialect import parse_json, parse_prefix
 
 VALUES = st.recursive(
     st.none()

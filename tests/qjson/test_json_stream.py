@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qmpd.monitor import json_lexer, json_values
-from qmpd.monitor.json_stream import JSONError, JSONStream
+from qmpd.qjson import JSONError, JSONStream, lexer, values
 
 PARSE = "JSON parse error, "
 
@@ -156,13 +155,13 @@ def test_nesting_of_1024_is_read_and_one_more_is_refused():
 
 
 def test_a_token_too_many_is_refused(monkeypatch):
-    monkeypatch.setattr(json_values, "MAXIMUM_TOKENS", 8)
+    monkeypatch.setattr(values, "MAXIMUM_TOKENS", 8)
     assert outcomes(b"[1,2,3,]") == ["expecting value"]
     assert outcomes(b"[1,2,3,4] 5 ") == ["JSON token count limit exceeded", ("value", 5)]
 
 
 def test_an_endless_token_is_refused_at_the_limit_and_the_stream_goes_on(monkeypatch):
-    monkeypatch.setattr(json_lexer, "MAXIMUM_SIZE", 100)
+    monkeypatch.setattr(lexer, "MAXIMUM_SIZE", 100)
     stream = JSONStream()
     assert outcomes(b'["' + b"a" * 99, stream) == []
     assert outcomes(b"a", stream) == ["JSON token size limit exceeded"]
@@ -170,7 +169,7 @@ def test_an_endless_token_is_refused_at_the_limit_and_the_stream_goes_on(monkeyp
 
 
 def test_the_tokens_of_a_value_together_may_not_exceed_the_limit(monkeypatch):
-    monkeypatch.setattr(json_values, "MAXIMUM_SIZE", 100)
+    monkeypatch.setattr(values, "MAXIMUM_SIZE", 100)
     assert outcomes(b'["' + b"a" * 60 + b'","' + b"b" * 60 + b'"\n') == ["JSON token size limit exceeded"]
 
 

@@ -1,9 +1,9 @@
-"""QMP's JSON stream: bytes in, values and errors out, no I/O.
+"""A stream of JSON, such as QMP is: bytes in, values and errors out, no I/O.
 
 Nearly everything that clients send is one complete strict JSON object on a
 line.  Such a line is given to orjson; only the rest (objects over several lines
 or several on one, single quotes, errors) goes through the dialect's own lexer
-(:mod:`qmpd.monitor.json_lexer`) and parser (:mod:`qmpd.monitor.json_values`).
+(:mod:`qmpd.qjson.lexer`) and parser (:mod:`qmpd.qjson.values`).
 
 orjson is more tolerant than QEMU in three points, so its answer is only taken
 where a cheap check shows that none of them can be at hand:
@@ -28,10 +28,8 @@ from typing import Any, Final
 
 import orjson
 
-from qmpd.monitor.json_lexer import Lexer
-from qmpd.monitor.json_values import Assembler, JSONError
-
-__all__ = ["JSONError", "JSONStream"]
+from qmpd.qjson.lexer import Lexer
+from qmpd.qjson.values import Assembler
 
 #: Longer lines are for the lexer.  A line of this size can't have too many tokens.
 _FAST_LINE: Final = 1 << 20
