@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import peers
@@ -30,6 +30,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if reasons:
         stop = pytest.fail if peers.required() else pytest.skip
         stop("missing peer: " + ", ".join(dict.fromkeys(reasons)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where the peers are required nothing may be skipped, for whatever reason."""
+    report = yield
+    if report.skipped and peers.required() and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and QMPD_REQUIRE_PEERS allows none: {report.longrepr}"
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -54,6 +54,7 @@ class Graph:
 
     def __init__(self, drivers: Mapping[str, type[Node]], *, secrets: Callable[[str], bytearray]) -> None:
         self._drivers = drivers
+        self._known_drivers: dict[str, type[Node]] = {}
         self.secrets = secrets
         #: Every node by its name, the ones under construction included, oldest first.
         self._nodes: dict[str, Node] = {}
@@ -146,7 +147,7 @@ class Graph:
         return await self._open(reference, options)
 
     async def _open(self, options: Mapping[str, Any], inherited: NodeOptions | None) -> Node:
-        driver = self._drivers[options["driver"]]
+        driver = await self._driver(options["driver"])
         common = NodeOptions.parse(options, inherited)
         file = None if driver.is_protocol else await self._resolve(options["file"], common)
         try:
@@ -173,6 +174,14 @@ class Graph:
         if inherited is None:
             self._show(node)
         return node
+
+    async def _driver(self, name: str) -> type[Node]:
+        """The class of a driver; looking one up for the first time imports it, which takes a while."""
+        driver = self._known_drivers.get(name)
+        if driver is None:
+            driver = await self.in_io_thread(self._drivers.__getitem__, name)
+            self._known_drivers[name] = driver
+        return driver
 
     def _show(self, node: Node) -> None:
         node.ready = True

@@ -53,7 +53,7 @@ class _PatternFileFailure(Exception):
 
 
 #: Gives so many bytes of what is to be written.
-_Source = Callable[[int], Awaitable[bytes | memoryview]]
+_Source = Callable[[int], Awaitable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +209,11 @@ class QemuIO:
         if "-b" in options or "-c" in options:
             _check_sectors(words)
         if "-s" in options:
-            with closing(await asyncio.to_thread(_PatternFile, options["-s"])) as file:
+            with closing(await asyncio.to_thread(_PatternFile, options["-s"], length)) as file:
                 await self._write(options, offset, length, file.read)
         else:
-            await self._write(options, offset, length, None if "-z" in options else _fill(pattern))
+            source = None if "-z" in options else _fill(pattern, length)
+            await self._write(options, offset, length, source)
 
     async def writev(self, arguments: list[str]) -> None:
         """Write from several buffers, which are one here."""
@@ -220,7 +221,8 @@ class QemuIO:
         if len(words) < 2:
             raise _Usage
         pattern = _pattern(options["-P"]) if "-P" in options else _DEFAULT_PATTERN
-        await self._write(options, _number(words[0]), _vector_length(words[1:]), _fill(pattern))
+        offset, length = _number(words[0]), _vector_length(words[1:])
+        await self._write(options, offset, length, _fill(pattern, length))
 
     async def _write(
         self, options: Mapping[str, str], offset: int, length: int, source: _Source | None
@@ -474,30 +476,41 @@ def _check_sectors(words: list[str]) -> None:
 # -- what is written
 
 
-def _fill(pattern: int) -> _Source:
-    piece = memoryview(bytes((pattern,)) * _PIECE)
+def _fill(pattern: int, length: int) -> _Source:
+    """Bytes that are all the same, for a request of `length` bytes."""
+    piece = bytes((pattern,)) * min(length, _PIECE)
 
-    async def source(size: int) -> memoryview:
-        return piece[:size]
+    async def source(size: int) -> bytes:
+        return piece if size == len(piece) else piece[:size]
 
     return source
 
 
 class _PatternFile:
-    """A file whose contents are written over and over.
+    """A file whose contents are written over and over; a long one is read while that goes on.
 
+    :param length: how many bytes will be written.
     :raise _PatternFileFailure: if it can't be read, or there is nothing in it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, length: int) -> None:
         self._name = name
         try:
-            # Without waiting: a FIFO that nobody writes into is empty.
+            # Without waiting for somebody to write into a FIFO.
             self._descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._failure(error) from None
         try:
-            self._ahead = self._more(1)
+            start = self._next(_PIECE)
+            if not start:
+                raise _PatternFileFailure(f"{name}: file is empty")
+            #: A short file's contents, often enough for a piece from any place on; None for a long file.
+            self._pattern: bytes | None = None
+            if len(start) < _PIECE:
+                self._pattern = start * (2 + min(length, _PIECE) // len(start))
+            self._period, self._position = len(start), 0
+            if self._pattern is None:
+                self._rewind()
         except BaseException:
             self.close()
             raise
@@ -507,32 +520,43 @@ class _PatternFile:
         os.close(self._descriptor)
 
     async def read(self, size: int) -> bytes:
-        """The next `size` bytes."""
-        return await asyncio.to_thread(self._read, size)
+        """The next `size` bytes of the endless repetition; at most a piece."""
+        if self._pattern is None:
+            return await asyncio.to_thread(self._read, size)
+        at = self._position % self._period
+        self._position += size
+        return self._pattern[at : at + size]
 
     def _read(self, size: int) -> bytes:
-        taken, self._ahead = self._ahead, b""
-        pieces = [taken]
-        missing = size - len(taken)
-        while missing > 0:
-            pieces.append(self._more(missing))
-            missing -= len(pieces[-1])
-        return b"".join(pieces)
-
-    def _more(self, size: int) -> bytes:
-        try:
-            data = os.read(self._descriptor, size)
-            if not data:
-                os.lseek(self._descriptor, 0, os.SEEK_SET)
-                data = os.read(self._descriptor, size)
-        except OSError as error:
-            raise self._failure(error) from None
-        if not data:
-            raise _PatternFileFailure(f"{self._name}: file is empty")
+        data = self._next(size)
+        while len(data) < size:
+            self._rewind()
+            more = self._next(size - len(data))
+            if not more:
+                raise _PatternFileFailure(f"{self._name}: file is empty")
+            data += more
         return data
 
-    def _failure(self, error: OSError) -> _PatternFileFailure:
-        return _PatternFileFailure(f"{self._name}: {os.strerror(error.errno or 0)}")
+    def _next(self, size: int) -> bytes:
+        """The next `size` bytes of the file, fewer at its end."""
+        data = b""
+        try:
+            while len(data) < size and (more := os.read(self._descriptor, size - len(data))):
+                data += more
+        except OSError as error:
+            raise self._failure(error) from None
+        return data
+
+    def _rewind(self) -> None:
+        try:
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError | ValueError) -> _PatternFileFailure:
+        # ValueError: a name that the system can't be told, with a NUL in it.
+        number = error.errno if isinstance(error, OSError) else errno.EINVAL
+        return _PatternFileFailure(f"{self._name}: {os.strerror(number or 0)}")
 
 
 # -- requests

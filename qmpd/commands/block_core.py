@@ -9,7 +9,7 @@ from typing import Any, Final
 from qmpd.block import inspection
 from qmpd.block.accounting import Accounting
 from qmpd.block.backend import Backend
-from qmpd.block.drivers import can_create, creator
+from qmpd.block.drivers import can_create, create
 from qmpd.block.node import Node
 from qmpd.block.permissions import Permission
 from qmpd.commands.parts import Handler, Parts
@@ -42,7 +42,6 @@ def blockdev_create(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     if "size" not in options and "header" not in options:
         # A detached header can be made alone; whatever has a payload has a size.
         raise Error("Parameter 'options.size' is missing")
-    create = creator(options["driver"])
     parts.jobs.start(arguments["job-id"], "create", lambda job: create(parts.graph, options))
     return {}
 

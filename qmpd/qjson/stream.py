@@ -57,13 +57,15 @@ def _members(value: Any) -> int:
     return number
 
 
-def _whole_line(line: bytes) -> dict[str, Any] | None:
-    """The object that a line is, if the fast way is sure to see it as QEMU does; otherwise None."""
+def whole_object(line: bytes) -> dict[str, Any] | None:
+    """The object that a line is, if the fast way is sure to see it as QEMU does; otherwise None.
+
+    :param line: it must begin with a brace.
+    """
     # Searching for one byte is several times faster than for two.
     if len(line) > _FAST_LINE or not line.isascii() or (b"\\" in line and b"\\u" in line):
         return None
     try:
-        # The caller saw the brace at its start, so this is an object.
         value: dict[str, Any] = orjson.loads(line)
         members = _members(value)
     except (orjson.JSONDecodeError, RecursionError, _Double):
@@ -94,14 +96,14 @@ class JSONStream:
     def feed(self, data: bytes) -> list[Any]:
         """Take what has arrived, cut anywhere.
 
-        :return: the values that are complete now, in order; a :class:`JSONError`
-            stands among them wherever a client is to be told of one.
+        :return: the values that are complete now, in order; a
+            :class:`~qmpd.qjson.values.JSONError` stands among them wherever a client is to be told of one.
         """
         given = self._given = []
         lexer, assembler = self._lexer, self._assembler
         for line in data.splitlines(keepends=True):
             if line[0] == 0x7B and lexer.idle and assembler.idle:
-                value = _whole_line(line)
+                value = whole_object(line)
                 if value is not None:
                     given.append(value)
                     continue

@@ -18,6 +18,7 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 from qmpd.qjson.lexer import Kind, Lexer
+from qmpd.qjson.stream import whole_object
 from qmpd.qjson.values import Assembler, JSONError
 
 
@@ -59,7 +60,7 @@ class Located(NamedTuple):
 
 
 class _Reader:
-    """Lines in, values and errors out.  A token is never longer than its line."""
+    """Lines in, values and errors out."""
 
     def __init__(self) -> None:
         self.found: list[Located] = []
@@ -79,7 +80,15 @@ class _Reader:
 
     def feed(self, line: bytes) -> None:
         """Take the next line, with the character that ends it."""
+        # No token goes on from one line to the next, nor does the lexer's mistrust after an error.
+        self._lexer.finish()
         self._line += 1
+        if line.startswith(b"{") and (self._failed or self._assembler.idle):
+            value = whole_object(line)
+            if value is not None:
+                self._begin_anew()
+                self.found.append(Located(self._line, value))
+                return
         self._indentation = len(line) - len(line.lstrip(b" \t"))
         self._at_first = True
         self._lexer.feed(line)
@@ -98,10 +107,13 @@ class _Reader:
             # This brace may be the very token that did not fit.
             no_deeper = at_first and self._indentation <= self._begin_indentation
             if outside or no_deeper:
-                self._assembler = Assembler(self._give)
-                self._depth = 0
-                self._failed = False
+                self._begin_anew()
                 self._take(kind, text)
+
+    def _begin_anew(self) -> None:
+        self._assembler = Assembler(self._give)
+        self._depth = 0
+        self._failed = False
 
     def _take(self, kind: Kind, text: bytes) -> None:
         if kind is Kind.PUNCTUATION:

@@ -128,10 +128,10 @@ class Devices:
 
     def _find_bus(self, model: Model, wanted: object) -> Bus:
         if isinstance(wanted, str):
-            found = self._bus_at(wanted)
-            if found.kind != model.bus:
-                raise Error(f"Device '{model.name}' can't go on {found.type_name} bus")
-            return found
+            named = self._bus_at(wanted)
+            if named.kind != model.bus:
+                raise Error(f"Device '{model.name}' can't go on {named.type_name} bus")
+            return named
         if model.bus == self._root_bus.kind:
             return self._root_bus
         found = next((bus for bus in self._buses if bus.kind == model.bus), None)
@@ -145,9 +145,10 @@ class Devices:
         if path.startswith("/"):
             return descend(self._system_bus, names, path)
         first = names[0] if names else ""
+        bus: Bus | None
         if first in ("pci.0", "pcie.0"):
             # Clients write one or the other after the machine that they know; there is one root.
-            bus: Bus | None = self._root_bus
+            bus = self._root_bus
         else:
             bus = next((bus for bus in (*self._buses, self._system_bus) if bus.name == first), None)
         if bus is None:
@@ -436,7 +437,10 @@ def _prepare_disk(device: Device, node: Node | None) -> Node:
 
 
 def _settle_virtio(device: Device) -> None:
-    """Settle which forms of virtio there are: the oldest one needs I/O space, which a port gives to nobody."""
+    """Settle which forms of virtio there are.
+
+    The oldest one needs I/O ports, which are scarce behind PCI Express ports: there it is off by default.
+    """
     values = device.values
     if values["disable-legacy"] == "auto":
         in_port = isinstance(device.bus, PCIBus) and device.bus.root_port

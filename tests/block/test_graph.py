@@ -87,7 +87,8 @@ async def test_a_node_under_construction_holds_its_name_but_is_not_seen() -> Non
 
     graph = Graph({"slow": SlowNode, "null-co": NullCoNode}, secrets=lambda _: bytearray())
     opening = asyncio.create_task(graph.add({"driver": "slow", "node-name": "s"}))
-    await asyncio.sleep(0)
+    while "s" not in graph._nodes:
+        await asyncio.sleep(0.001)
     assert graph.nodes() == []
     assert graph.find("s") is None
     with pytest.raises(Error, match="Duplicate"):
@@ -108,7 +109,8 @@ async def test_a_cancelled_opening_leaves_nothing(tmp_path: Path) -> None:
     graph = Graph({"stuck": StuckNode, "null-co": NullCoNode}, secrets=lambda _: bytearray())
     await graph.add(null("below"))
     opening = asyncio.create_task(graph.add({"driver": "stuck", "node-name": "s", "file": "below"}))
-    await asyncio.sleep(0)
+    while "s" not in graph._nodes:
+        await asyncio.sleep(0.001)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening

@@ -163,26 +163,38 @@ async def test_events_go_to_every_negotiated_client_and_precede_the_reply_of_the
     assert await fresh.ask("qmp_capabilities") == {"return": {}}
 
 
+class Recorder(asyncio.Transport):
+    """A client that takes whatever it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.writes = []
+
+    def write(self, data):
+        self.writes.append(data)
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
+    def pause_reading(self):
+        pass
+
+    def resume_reading(self):
+        pass
+
+    def is_closing(self):
+        return False
+
+
 async def test_replies_to_pipelined_commands_go_out_together(serve, monkeypatch):
     monkeypatch.setattr("qmpd.monitor.server._TURN", 1000.0)
     served = await serve({"query": lambda arguments: {}})
     connection = served.monitor.connection()
-    writes = []
-
-    class Recorder(asyncio.Transport):
-        def write(self, data):
-            writes.append(data)
-
-        def set_write_buffer_limits(self, high=None, low=None):
-            pass
-
-        def is_closing(self):
-            return False
-
-    connection.connection_made(Recorder())
+    transport = Recorder()
+    connection.connection_made(transport)
     connection.data_received(lines("qmp_capabilities", *["query"] * 100))
-    assert len(writes) == 2
-    assert writes[1].count(b"\r\n") == 101
+    assert len(transport.writes) == 2
+    assert transport.writes[1].count(b"\r\n") == 101
     connection.connection_lost(None)
 
 
@@ -248,18 +260,28 @@ async def test_closing_does_not_wait_for_ever_for_a_client_that_does_not_read(se
 
 
 async def test_a_turn_ends_so_that_others_get_theirs(serve, monkeypatch):
-    monkeypatch.setattr("qmpd.monitor.server._TURN", 0.0)
+    seconds = 0
     order = []
-    served = await serve({"note": lambda arguments: order.append(arguments["value"])})
-    first, second = await served.connect(), await served.connect()
-    first.send(lines("note", arguments={"value": 1}) * 200)
-    second.send(lines("note", arguments={"value": 2}) * 200)
-    for _ in range(200):
-        await first.receive()
-        await second.receive()
-    # Without turns one client's two hundred, which come in one piece, would stand together.
-    assert order[150:250] not in ([1] * 50 + [2] * 50, [2] * 50 + [1] * 50)
-    assert sorted(order) == [1] * 200 + [2] * 200
+
+    def note(arguments):
+        nonlocal seconds
+        seconds += 1
+        order.append(arguments["value"])
+
+    monkeypatch.setattr("qmpd.monitor.server.perf_counter", lambda: seconds)
+    monkeypatch.setattr("qmpd.monitor.server._TURN", 5)
+    served = await serve({"note": note})
+    connections = [served.monitor.connection() for _ in range(2)]
+    for value, connection in enumerate(connections):
+        connection.connection_made(Recorder())
+        connection.data_received(lines("qmp_capabilities"))
+        connection.data_received(lines(*["note"] * 70, arguments={"value": value}))
+    while len(order) < 140:
+        await asyncio.sleep(0)
+    for connection in connections:
+        connection.connection_lost(None)
+    # The clock runs from the end of a turn's first command on.
+    assert order == ([0] * 7 + [1] * 7) * 10
 
 
 async def test_pretty_mode_reaches_the_wire(serve):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qmpd.block.graph import Graph
     from qmpd.block.node import Node
 
-#: Makes an image from BlockdevCreateOptions.
+#: A driver's function that makes an image from BlockdevCreateOptions.
 Create = Callable[["Graph", Mapping[str, Any]], Awaitable[None]]
 
 #: Module and class by QAPI name (enum BlockdevDriver).
@@ -52,11 +52,16 @@ DRIVERS: Final[Mapping[str, type[Node]]] = _Drivers()
 
 
 def can_create(driver: str) -> bool:
-    """Whether there is a `creator` of images for this driver."""
+    """Whether images can be made for this driver."""
     return driver in _CREATORS
 
 
-def creator(driver: str) -> Create:
-    """The function that makes an image of this driver's format."""
-    create: Create = import_module(f"{__name__}.{_CREATORS[driver]}").create
-    return create
+async def create(graph: Graph, options: Mapping[str, Any]) -> None:
+    """Make an image.
+
+    :param options: BlockdevCreateOptions, validated, in QAPI's names.
+    :raise Error: what went wrong.
+    """
+    module = await graph.in_io_thread(import_module, f"{__name__}.{_CREATORS[options['driver']]}")
+    creator: Create = module.create
+    await creator(graph, options)
