@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -17,7 +19,7 @@ from qmpd.errors import Error
 MIB = 1 << 20
 
 #: What differs from one run to the next.
-TIMES = re.compile(r"[\d.]+ (?:[KMGT]iB|bytes)/sec and [\d.]+ ops/sec|\d+\.\d+ sec|,[\d.]+,[\d.]+$")
+TIMES = re.compile(r"[\d.]+ (?:[KMGT]iB|bytes)/sec and [\d.]+ ops/sec|\d+\.\d+ sec|,[\d:.]+,[\d.]+,[\d.]+$")
 
 
 class Disk:
@@ -102,6 +104,49 @@ async def test_zeroes_discards_and_sizes(disk: Disk) -> None:
     assert await disk.out("l") == "1.500 KiB\n"
 
 
+@pytest.mark.parametrize("size", [1, 3, 512, MIB - 1, MIB, MIB + 5, 4 * MIB])
+async def test_a_file_is_written_over_and_over(disk: Disk, tmp_path: Path, size: int) -> None:
+    await disk.out(f"truncate {3 * MIB + 512}")
+    pattern = random.Random(size).randbytes(size)
+    (tmp_path / "pattern").write_bytes(pattern)
+    length = 2 * MIB + 300
+    assert await disk.out(f"write -q -s {tmp_path / 'pattern'} 100 {length}") == ""
+    data = disk.path.read_bytes()
+    assert data[100 : 100 + length] == (pattern * (length // size + 1))[:length]
+    assert not any(data[:100])
+    assert not any(data[100 + length :])
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("nope", "No such file or directory"),
+        (".", "Is a directory"),
+        ("empty", "file is empty"),
+        ("fifo", "file is empty"),
+        ("a\0b", "Invalid argument"),
+    ],
+)
+async def test_a_file_that_is_no_pattern_is_complained_about(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "fifo")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert await disk.run(f"write -s {name} 0 512") == ("", f"{name}: {complaint}\n")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not any(disk.path.read_bytes())
+
+
+async def test_a_file_is_closed_after_it_was_written(disk: Disk, tmp_path: Path) -> None:
+    (tmp_path / "pattern").write_bytes(b"abc")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    await disk.out(f"write -s {tmp_path / 'pattern'} 0 512")
+    await disk.out(f"write -s {tmp_path / 'pattern'} 1M 512")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
 async def test_the_machine_readable_report(disk: Disk) -> None:
     assert re.fullmatch(r"512,1,0:00:0\d\.\d\d,[\d.]+,[\d.]+\n", await disk.out("read -C 0 512"))
 
@@ -126,6 +171,15 @@ async def test_the_machine_readable_report(disk: Disk) -> None:
         ("write -u 0 512", "-u requires -z to be specified\n"),
         ("write -n 0 512", "-n requires -z to be specified\n"),
         ("write -z -P 1 0 512", "Only one of -z, -P, and -s can be specified at the same time\n"),
+        ("write -z -s x 0 512", "Only one of -z, -P, and -s can be specified at the same time\n"),
+        ("write -s x -P 1 0 512", "Only one of -z, -P, and -s can be specified at the same time\n"),
+        ("write -bz 0 512", "-b and -z cannot be specified at the same time\n"),
+        ("write -c 8 8", "8 is not a sector-aligned value for 'offset'\n"),
+        ("write -s x -b 0 8", "8 is not a sector-aligned value for 'count'\n"),
+        ("write -b 0 512", "write failed: Operation not supported\n"),
+        ("write -c 0 512", "write failed: Operation not supported\n"),
+        ("write -c 1M 512", "write failed: Input/output error\n"),
+        ("read -b 0 8", "8 is not a sector-aligned value for 'count'\n"),
         ("read -b 0 512", "read failed: Operation not supported\n"),
         ("help frob", "command frob not found\n"),
     ],
@@ -190,6 +244,12 @@ writev 0 512 512|writev -P 1 0 512 100|readv 0 100 30|readv 0 2G|discard 0 2M|di
 read 0 1G|read -P 1 0 100|read -P 2 0 100|read -v 250 20|read 0x200 512|read 1k 1K|read 0.5k 512|read 1.5 512
 read .5k 512|read 1e3 512|read 0 1b|read 0 1s|read 0 1T|read 9223372036854775807 1|read -P 010 0 1
 read -P 08 0 1|read -s x -P 1 0 512|read -P 1 -s -1 0 512|read -- 0 512|read 0 512 -q|read -vP0 600 16
+write -s three 0 512|write -qs three 5 1000|write -s empty 0 512|write -s nope 0 512|write -s . 0 512
+write -P 1 -s three 0 512|write -zs three 0 512|write -s three -n 0 512|write -s nope 0 3G|write -s nope 0 x
+write -s|write -s three -s long 7 16|write -s long 0 1M|write -s three 1M 1
+write -P 300 -s three 0 1|write -s nope -c 0 8|write -s nope -c 0 512|write -s empty -b 0 512|write -bc 0 512
+write -bz 0 512|write -cz 0 512|write -cz 0 8|write -c 8 8|write -c 1M 512|write -fcz 0 512|write -fbz 0 512
+read -b 8 512|read -b 0 8|read -b 0 512|write -fs three 0 1k
 truncate 2M|length|truncate x|truncate 1M|help a b|flush x|read -P 0x1 -s 90 -l 20 0 110
 """.replace("\n", "|")
     .strip("|")
@@ -198,7 +258,12 @@ truncate 2M|length|truncate x|truncate 1M|help a b|flush x|read -P 0x1 -s 90 -l 
 
 
 @pytest.mark.peer("qemu-io")
-async def test_every_line_is_answered_as_qemu_io_answers_it(disk: Disk, tmp_path: Path) -> None:
+async def test_every_line_is_answered_as_qemu_io_answers_it(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, data in (("three", b"abc"), ("empty", b""), ("long", bytes(range(256)) * 8192)):
+        (tmp_path / name).write_bytes(data)
     peer = tmp_path / "peer.img"
     peer.write_bytes(bytes(MIB))
     for line in LINES:

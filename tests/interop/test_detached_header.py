@@ -3,8 +3,8 @@
 The grid has every cipher with every mode and IV generator; the passphrase hash
 goes round so that each meets every mode and generator.  Two corners are not
 everybody's: QEMU 10.0 aborts on a 24-byte key (aes-192 with cbc: the stripes
-fill no whole number of sectors), and cryptsetup has no
-XTS with 24-byte keys (aes-192 with xts).  Each of them is judged by the other.
+fill no whole number of sectors), and cryptsetup has no XTS with 24-byte keys
+(aes-192 with xts).  Each of them is judged by the other.
 """
 
 from __future__ import annotations

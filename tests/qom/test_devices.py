@@ -73,6 +73,26 @@ def snapshot(graph: Graph, tree: ObjectTree) -> tuple[int, list[str], list[int]]
         ),
         (disk("x", logical_block_size=4096), "logical_block_size > physical_block_size not supported"),
         (disk("x", opt_io_size=100), "opt_io_size must be a multiple of logical_block_size"),
+        (disk("x", min_io_size=65536 * 512), "min_io_size must not exceed 65535 logical blocks"),
+        *(
+            (
+                disk("x", **{name: size}),
+                f"Property virtio-blk-device.{name} doesn't take value {told} (maximum: 4294967295)",
+            )
+            for name in ("min_io_size", "opt_io_size", "discard_granularity")
+            for size, told in ((1 << 32, 1 << 32), (-1, (1 << 64) - 1))
+        ),
+        (
+            disk("x", logical_block_size=-1),
+            "parameter logical_block_size must be a power of 2 between 512 and 2097152",
+        ),
+        (disk("x", heads=300), "cyls must be between 1 and 65535"),
+        (disk("x", cyls=65536, heads=1, secs=1), "cyls must be between 1 and 65535"),
+        (disk("x", cyls=1), "heads must be between 1 and 255"),
+        (disk("x", cyls=1, heads=256, secs=1), "heads must be between 1 and 255"),
+        (disk("x", cyls=1, heads=255), "secs must be between 1 and 255"),
+        (disk("x", cyls=1, heads=1, secs=256), "secs must be between 1 and 255"),
+        (disk("x", heads=1, opt_io_size=100), "cyls must be between 1 and 65535"),
         (disk("x", iothread="nope"), "Device 'nope' not found"),
         (disk("x", iothread="/objects"), "Invalid parameter type for 'iothread', expected: iothread"),
         (disk("x", addr="nonsense"), "Property 'virtio-blk-pci.addr' doesn't take value 'nonsense'"),
@@ -88,10 +108,20 @@ def snapshot(graph: Graph, tree: ObjectTree) -> tuple[int, list[str], list[int]]
             {"driver": "virtio-scsi-pci", "num_queues": 0},
             "Invalid number of queues (= 0), must be a positive integer less than 1022.",
         ),
-        (
-            disk("x", **{"disable-legacy": "on", "disable-modern": True}),
-            "device cannot work as neither modern nor legacy mode is enabled",
+        *(
+            (
+                {**options, "disable-legacy": "on", "disable-modern": True},
+                "device cannot work as neither modern nor legacy mode is enabled",
+            )
+            for options in (disk("x"), BLK, {"driver": "virtio-scsi-pci", "num_queues": 0})
         ),
+        (
+            {"driver": "virtio-blk-pci-transitional", "disable-legacy": "on"},
+            "Property 'virtio-blk-pci-transitional.disable-legacy' not found",
+        ),
+        ({**BLK, "bus": "main-system-bus"}, "Device 'virtio-blk-pci' can't go on System bus"),
+        ({**BLK, "bus": "/"}, "Device 'virtio-blk-pci' can't go on System bus"),
+        ({**BLK, "bus": ""}, "Bus '' not found"),
     ],
 )
 def test_what_cannot_be_plugged_in_is_refused_and_leaves_nothing(
@@ -156,6 +186,32 @@ def test_the_tree_shows_both_halves_of_a_virtio_device(devices: Devices, tree: O
     shown = {each["name"] for each in tree.properties(f"{PERIPHERAL}/d/virtio-backend")}
     assert "num-queues" in shown
     assert "addr" not in shown
+
+
+def test_the_oldest_form_of_virtio_is_off_by_default_in_a_port(devices: Devices, tree: ObjectTree) -> None:
+    devices.add({"driver": "pcie-root-port", "id": "rp"})
+    devices.add({"driver": "pcie-root-port", "id": "rp2"})
+    devices.add(disk("a", **{"disable-legacy": "auto"}))
+    with pytest.raises(Error, match="^device cannot work as neither modern nor legacy mode is enabled$"):
+        devices.add(disk("b", bus="rp", **{"disable-modern": True}))
+    devices.add(disk("b", bus="pci.0/rp"))
+    devices.add(disk("c", bus="rp2", **{"disable-legacy": "off", "disable-modern": True}))
+    assert [tree.get(name, "disable-legacy") for name in "abc"] == ["off", "on", "off"]
+
+
+def test_a_type_for_one_form_of_virtio_has_no_switches_for_it(devices: Devices, tree: ObjectTree) -> None:
+    devices.add(disk("d", driver="virtio-blk-pci-transitional"))
+    for switch in ("disable-legacy", "disable-modern"):
+        with pytest.raises(Error, match="not found$"):
+            tree.get("d", switch)
+        assert switch not in {each["name"] for each in tree.list_properties("virtio-blk-pci-transitional")}
+        assert switch in {each["name"] for each in tree.list_properties("virtio-blk-pci")}
+
+
+def test_a_machine_has_its_containers_from_the_first_device_on(devices: Devices, tree: ObjectTree) -> None:
+    devices.add(disk("d"))
+    for name in ("unattached", "peripheral-anon", "peripheral"):
+        assert tree.get(f"/machine/{name}", "type") == "container"
 
 
 def test_every_property_of_a_device_can_be_read(devices: Devices, tree: ObjectTree) -> None:
@@ -432,6 +488,12 @@ def test_a_scsi_disk_without_an_id_is_named_by_its_path(controller: Devices, gra
         ({"drive": ""}, "drive property not set"),
         ({"drive": "nope"}, "Property 'scsi-hd.drive' can't find value 'nope'"),
         ({"serial": "0" * 37}, "The serial number can't be longer than 36 characters"),
+        ({"serial": "0" * 37, "secs": 1}, "cyls must be between 1 and 65535"),
+        ({"secs": 1, "opt_io_size": 1}, "opt_io_size must be a multiple of logical_block_size"),
+        (
+            {"min_io_size": 1 << 33},
+            "Property scsi-hd.min_io_size doesn't take value 8589934592 (maximum: 4294967295)",
+        ),
         ({"bus": "pci.0"}, "Device 'scsi-hd' can't go on PCI bus"),
         ({"addr": "1"}, "Property 'scsi-hd.addr' not found"),
     ],
@@ -441,6 +503,49 @@ def test_scsi_refusals(controller: Devices, options: dict[str, Any], text: str) 
     with pytest.raises(Error) as error:
         controller.add(scsi("i", **options))
     assert error.value.desc == text
+
+
+@pytest.mark.parametrize(
+    ("bus", "text"),
+    [
+        ("/machine/peripheral/sc", "Device 'machine' not found"),
+        ("///x//y", "Device 'x' not found"),
+        ("nope/x", "Bus 'nope' not found"),
+        ("pci.0/", "Device 'scsi-hd' can't go on PCI bus"),
+        ("pci.0/nope", "Device 'nope' not found"),
+        ("pci.0/sc", "Bus 'pci.0/sc' is full"),
+        ("pcie.0//virtio-scsi/", "Bus 'pcie.0//virtio-scsi/' is full"),
+        ("pci.0/sc/nope", "Bus 'nope' not found"),
+        ("pci.0/sc/virtio-bus", "Bus 'pci.0/sc/virtio-bus' is full"),
+        ("pci.0/sc/virtio-bus/virtio-scsi", "Device 'virtio-scsi' not found"),
+        ("pci.0/sc/virtio-bus/virtio-scsi-device/x", "Bus 'x' not found"),
+        ("pci.0/d/virtio-bus/virtio-blk-device", "Device 'virtio-blk-device' has no child bus"),
+        ("pci.0/d/virtio-bus/virtio-blk-device/x", "Bus 'x' not found"),
+        ("sc.0/h", "Device 'h' has no child bus"),
+    ],
+)
+def test_a_bus_that_is_not_there(controller: Devices, bus: str, text: str) -> None:
+    controller.add(disk("d"))
+    controller.add(scsi("h"))
+    with pytest.raises(Error) as error:
+        controller.add(scsi("i", bus=bus))
+    assert error.value.desc == text
+    no_device = text.startswith("Device '") and text.endswith("not found")
+    assert isinstance(error.value, DeviceNotFound) == no_device
+
+
+@pytest.mark.parametrize(
+    "bus",
+    [
+        *("sc.0", "sc.0/", "pci.0/sc/virtio-bus/virtio-scsi-device"),
+        *("pci.0/virtio-scsi-pci/virtio-bus/virtio-scsi-device/sc.0",),
+    ],
+)
+def test_a_bus_can_be_named_by_a_path_of_buses_and_devices(
+    controller: Devices, tree: ObjectTree, bus: str
+) -> None:
+    controller.add(scsi("h", bus=bus))
+    assert tree.get("h", "parent_bus") == f"{PERIPHERAL}/sc/virtio-backend/sc.0"
 
 
 def test_a_pci_device_does_not_go_on_a_scsi_bus(controller: Devices) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import subprocess
+import sys
 import threading
 import traceback
 from pathlib import Path
@@ -274,3 +276,8 @@ async def test_a_secret_deleted_while_it_loads_is_wiped(
     assert "s" not in tree.objects.children
     with pytest.raises(Error, match="has no data"):
         made[0].value()
+
+
+def test_the_cipher_is_imported_for_encrypted_secrets_only() -> None:
+    script = "import sys, qmpd.qom.tree; sys.exit('cryptography' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

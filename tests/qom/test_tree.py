@@ -252,6 +252,8 @@ async def test_a_limit_s_own_property_is_for_making_the_group_only(tree: ObjectT
     assert tree.get("tg", "limits")["iops-total"] == tree.get("tg", "x-iops-total") == 7
     with pytest.raises(Error, match="^Property cannot be set after initialization$"):
         tree.set("tg", "x-iops-total", 8)
+    with pytest.raises(Error, match="^Property cannot be set after initialization$"):
+        tree.set("tg", "x-iops-total", "8")
     with pytest.raises(Error, match="^Property values cannot be negative$"):
         await add(tree, "throttle-group", "tg2", **{"x-iops-total": -7})
 
