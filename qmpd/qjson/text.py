@@ -83,7 +83,7 @@ class _Reader:
         # No token goes on from one line to the next, nor does the lexer's mistrust after an error.
         self._lexer.finish()
         self._line += 1
-        if line.startswith(b"{") and (self._failed or self._assembler.idle):
+        if line.startswith(b"{") and self._assembler.idle:
             value = whole_object(line)
             if value is not None:
                 self._begin_anew()
