@@ -218,7 +218,7 @@ def disk_stats(backend: Backend) -> dict[str, Any]:
     """BlockStats of a device's disk."""
     stats = node_stats(backend.node)
     stats["stats"] = device_stats(backend.accounting, backend.node.write_highest_offset)
-    return {"device": backend.name, "qdev": backend.qdev, **stats}
+    return {"device": backend.name, **({"qdev": backend.qdev} if backend.qdev else {}), **stats}
 
 
 # -- block jobs: there is none yet, so none can be found
