@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -256,6 +258,16 @@ def test_a_branch_may_be_a_union_of_its_own() -> None:
             schema.validate("Outer", value)
 
 
+@pytest.fixture
+def usual_recursion_limit() -> Iterator[None]:
+    """The interpreter's own limit, whatever other tests have made of it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("usual_recursion_limit")
 def test_values_nested_too_deeply_are_refused_and_do_no_harm(schema: Schema) -> None:
     options: dict[str, Any] = {"driver": "null-co"}
     for _ in range(1000):

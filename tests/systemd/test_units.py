@@ -11,9 +11,7 @@ from daemons import CHECKOUT
 
 UNITS = CHECKOUT / "contrib" / "systemd"
 
-analyze = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
-)
+analyze = pytest.mark.peer("systemd-analyze")
 
 
 @pytest.fixture
