@@ -133,6 +133,8 @@ class Graph:
 
         :raise Error: if that can't be; then nothing has changed.
         """
+        if reference == parent.name:
+            raise Error(f"Making '{parent.name}' a {role} child of '{parent.name}' would create a cycle")
         child = await self._resolve(reference, parent.node_options)
         try:
             self._link(parent, role, child)

@@ -124,6 +124,7 @@ async def test_the_names_of_the_first_proposal_are_taken(graph: Graph, detached:
     [
         ({"key-secret": "other"}, "Invalid password, cannot unlock any keyslot"),
         ({"key-secret": "nobody"}, "No secret with id 'nobody'"),
+        ({"header": "l"}, "Making 'l' a header child of 'l' would create a cycle"),
         ({"header": "nobody"}, "Cannot find device='nobody' nor node-name='nobody'"),
         ({"node-name": "0"}, "Invalid node-name: '0'"),
     ],
