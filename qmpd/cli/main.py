@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -206,4 +208,20 @@ def _run_daemon(found: Sequence[Option]) -> int:
         notifier=Notifier(os.environ),
         background=background,
     )
+    _leave_threads_behind()
     return 0
+
+
+def _leave_threads_behind() -> None:
+    """End the process although a thread is still deriving a key, which can't be interrupted.
+
+    Everything has been closed by now, and Python would wait for the thread.
+    """
+    deadline = time.monotonic() + 0.5
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)

@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 QUEUE_LIMIT: Final = 8
 #: Seconds for which one client's commands may keep the others waiting.
 _TURN: Final = 0.005
-#: Seconds that a client has for taking the last replies when the daemon ends.
+#: Seconds that a command has for its end, and a client for taking the last replies, when the daemon ends.
 _FAREWELL: Final = 2.0
 #: Bytes that are collected in one turn before they are handed to the transport.
 _FLUSH_SIZE: Final = 64 * 1024
@@ -306,13 +306,17 @@ class Monitor:
     async def close(self) -> None:
         """Stop, await the commands that were begun, and take leave of every client.
 
-        A client that does not read has two seconds; then its connection is cut.
+        A command that takes long (an unlock) has two seconds, then it is cancelled; so
+        has a client that does not read, then its connection is cut.
         """
         self.stop()
         # The caller may be one of the commands, so wait for the others only.
         others = self._tasks - {asyncio.current_task()}
         if others:
-            await asyncio.wait(others)
+            _, unfinished = await asyncio.wait(others, timeout=_FAREWELL)
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
         connections = list(self._connections)
         for connection in connections:
             connection.part()
