@@ -12,6 +12,7 @@ imported once a daemon is to be started.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -186,6 +187,8 @@ def _one_of(choice: Sequence[str], value: str) -> str:
 
 
 def _run_daemon(found: Sequence[Option]) -> int:
+    # What the start makes stays: looking for garbage in it is in vain.  `serve` switches it on again.
+    gc.disable()
     # Imported here for the sake of --version: see the head of this file.
     from qmpd.cli.daemonize import Daemonization, forbid_core_dumps
     from qmpd.cli.systemd import Notifier, passed_sockets

@@ -8,6 +8,7 @@ gives up at once.  Either way sockets and the pid file are removed.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -80,6 +81,9 @@ async def _live(
     pid_file: PidFile | None = None
     try:
         await ending.interruptible(Start(daemon, background is not None).run(found, sockets))
+        # The garbage collector need never look at what is there by now.
+        gc.freeze()
+        gc.enable()
         if ending.wanted:
             return
         if pid_path is not None:
