@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpd.block import allocation, creation
 from qmpd.block.file_locks import ImageLocks
-from qmpd.block.node import SECTOR, Node, NotSupported
+from qmpd.block.node import SECTOR, BlockStatus, Node, NotSupported
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
@@ -278,6 +278,30 @@ class FileNode(Node):
         if not mode & allocation.KEEP_SIZE:
             self._size = max(self._size, offset + length)
         return True
+
+    async def _block_status(self, offset: int, length: int) -> BlockStatus:
+        return await self.graph.in_io_thread(self._seek, offset, length)
+
+    def _seek(self, offset: int, length: int) -> BlockStatus:
+        """Where the file's next hole or data begins (lseek(2), SEEK_HOLE and SEEK_DATA)."""
+        try:
+            data = os.lseek(self._descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return BlockStatus(length, allocated=False, zero=True)
+            if error.errno in _UNSUPPORTED:
+                return BlockStatus(length)
+            raise
+        if data > offset:
+            return BlockStatus(min(data - offset, length), allocated=False, zero=True)
+        try:
+            hole = os.lseek(self._descriptor, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            # It was cut short in between.
+            return BlockStatus(length, allocated=False, zero=True)
+        return BlockStatus(min(hole - offset, length) if hole > offset else length)
 
     async def _flush(self) -> None:
         await self.graph.in_io_thread(os.fdatasync, self._descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmpd.block.node import SECTOR, Data, Node
+from qmpd.block.node import SECTOR, BlockStatus, Data, Node
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
 
@@ -65,6 +65,13 @@ class RawNode(Node):
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         await self.file.pdiscard(self._offset + offset, length)
+
+    async def _block_status(self, offset: int, length: int) -> BlockStatus:
+        start = self._offset + offset
+        available = self.file.size - start
+        if available <= 0:
+            return BlockStatus(length, allocated=False, zero=True)
+        return await self.file.block_status(start, min(length, available))
 
     async def _truncate(self, size: int, preallocation: str) -> None:
         if self._fixed_size is not None:
