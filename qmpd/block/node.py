@@ -42,13 +42,13 @@ class BlockStatus:
     """What is known about a run of bytes.
 
     :param length: of the run, in bytes; the next one may be just the same.
-    :param allocated: it takes up space of its own, so that writing there needs no more.
+    :param data: there is something in it: it is no hole.
     :param zero: it reads as zeroes.
-    :param depth: how far down the chain of images its data is: 1 for this one, 0 for none of them.
+    :param depth: how far down the chain of images it comes from: 1 for this one, 0 for none of them.
     """
 
     length: int
-    allocated: bool = True
+    data: bool = True
     zero: bool = False
     depth: int = 1
 

@@ -288,19 +288,19 @@ class FileNode(Node):
             data = os.lseek(self._descriptor, offset, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return BlockStatus(length, allocated=False, zero=True)
+                return BlockStatus(length, data=False, zero=True)
             if error.errno in _UNSUPPORTED:
                 return BlockStatus(length)
             raise
         if data > offset:
-            return BlockStatus(min(data - offset, length), allocated=False, zero=True)
+            return BlockStatus(min(data - offset, length), data=False, zero=True)
         try:
             hole = os.lseek(self._descriptor, offset, os.SEEK_HOLE)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
             # It was cut short in between.
-            return BlockStatus(length, allocated=False, zero=True)
+            return BlockStatus(length, data=False, zero=True)
         return BlockStatus(min(hole - offset, length) if hole > offset else length)
 
     async def _flush(self) -> None:

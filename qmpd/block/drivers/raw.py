@@ -70,7 +70,7 @@ class RawNode(Node):
         start = self._offset + offset
         available = self.file.size - start
         if available <= 0:
-            return BlockStatus(length, allocated=False, zero=True)
+            return BlockStatus(length, data=False, zero=True)
         return await self.file.block_status(start, min(length, available))
 
     async def _truncate(self, size: int, preallocation: str) -> None:

@@ -25,9 +25,9 @@ import os
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
-from qmpd.block.node import Data
+from qmpd.block.node import BlockStatus, Data
 from qmpd.export import eager
 from qmpd.export.nbd import wire
 from qmpd.export.nbd.handshake import Agreement, Disconnect, Handshake, State
@@ -500,14 +500,13 @@ _SERVERS: Final[Mapping[int, Callable[[Connection, Request], Awaitable[None]]]] 
 }
 
 
-def _base_allocation(status: Any) -> int:
-    return (0 if status.allocated else wire.STATE_HOLE) | (wire.STATE_ZERO if status.zero else 0)
+def _base_allocation(status: BlockStatus) -> int:
+    return (0 if status.data else wire.STATE_HOLE) | (wire.STATE_ZERO if status.zero else 0)
 
 
-def _allocation_depth(status: Any) -> int:
-    depth: int = status.depth
-    return depth
+def _allocation_depth(status: BlockStatus) -> int:
+    return status.depth
 
 
 #: By the numbers of :data:`qmpd.export.nbd.export.CONTEXTS`.
-_CONTEXT_FLAGS: Final[tuple[Callable[[Any], int], ...]] = (_base_allocation, _allocation_depth)
+_CONTEXT_FLAGS: Final[tuple[Callable[[BlockStatus], int], ...]] = (_base_allocation, _allocation_depth)

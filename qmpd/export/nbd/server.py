@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import ssl
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -20,6 +21,8 @@ from qmpd.export.nbd.handshake import Offer
 _logger = logging.getLogger(__name__)
 
 _BACKLOG: Final = 1024
+#: Who may connect to a UNIX socket: the daemon's own user.  What is behind it was behind a key.
+_MODE: Final = 0o600
 #: Seconds to wait before accepting again when there are no descriptors left.
 _BREATH: Final = 0.1
 #: <sys/un.h>: the size of sun_path.
@@ -91,7 +94,7 @@ class NBDServer:
         path: str = address["path"]
         abstract = bool(address.get("abstract"))
         if len(os.fsencode(path)) > _PATH_SIZE - abstract:
-            raise Error(f"UNIX socket path '{path}' is too long\nPath must be less than {_PATH_SIZE} bytes")
+            raise Error(f"UNIX socket path '{path}' is too long")
         listener = socket.socket(socket.AF_UNIX)
         self._listeners.append(listener)
         listener.setblocking(False)
@@ -100,8 +103,9 @@ class NBDServer:
                 name = "\0" + path
                 listener.bind(name if address.get("tight", True) else name.ljust(_PATH_SIZE, "\0"))
             else:
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    os.unlink(path)
+                _make_room(path)
+                # Linux gives the file the socket's mode, so that it is never open to others.
+                os.fchmod(listener.fileno(), _MODE)
                 listener.bind(path)
                 made = os.lstat(path)
                 self._made = path, made.st_dev, made.st_ino
@@ -140,7 +144,20 @@ class NBDServer:
             self._listeners.append(listener)
         if not self._listeners:
             assert failure is not None
-            raise Error(f"Failed to find an available port: {failure.strerror}")
+            what = "find an available port" if failure.errno == errno.EADDRINUSE else "bind socket"
+            raise Error(f"Failed to {what}: {failure.strerror}")
+
+    async def _listen_vsock(self, address: Mapping[str, Any]) -> None:
+        listener = socket.socket(socket.AF_VSOCK)
+        self._listeners.append(listener)
+        listener.setblocking(False)
+        try:
+            listener.bind((int(address["cid"]), int(address["port"])))
+            listener.listen(_BACKLOG)
+        except ValueError:
+            raise Error(f"Failed to parse cid '{address['cid']}' or port '{address['port']}'") from None
+        except OSError as error:
+            raise Error(f"Failed to bind socket: {error.strerror}") from None
 
     async def _listen_fd(self, address: Mapping[str, Any]) -> None:
         name: str = address["str"]
@@ -230,5 +247,23 @@ class NBDServer:
 _LISTEN: Final[Mapping[str, Any]] = {
     "unix": NBDServer._listen_unix,
     "inet": NBDServer._listen_inet,
+    "vsock": NBDServer._listen_vsock,
     "fd": NBDServer._listen_fd,
 }
+
+
+def _make_room(path: str) -> None:
+    """Remove what stands where a socket is to be made.
+
+    QEMU removes any file.  Here it has to be a socket or empty, so that a slip of the pen costs
+    nobody a disk image.
+
+    :raise Error: if it has contents.
+    """
+    try:
+        there = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISREG(there.st_mode) and there.st_size:
+        raise Error(f"Failed to bind socket to {path}: there is a file that is not empty")
+    os.unlink(path)
