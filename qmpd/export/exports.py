@@ -116,7 +116,7 @@ class Exports:
             raise Error("Invalid block export id")
         if export_id in self._all:
             raise Error(f"Block export id '{export_id}' is already in use")
-        node = self._graph.lookup(node_name, node_name) if node_name else self._graph.lookup("", "")
+        node = self._graph.lookup(None, node_name)
         writable = options.get("writable", False)
         if writable and node.read_only:
             raise Error("Cannot export read-only node as writable")
@@ -188,10 +188,6 @@ class Exports:
             }
             for export in reversed(self._all.values())
         ]
-
-    def find_by_name(self, name: str) -> str | None:
-        """The id of the export that NBD clients know as `name`, if there is one."""
-        return next((export.id for export in self._all.values() if export.nbd.name == name), None)
 
     async def close(self) -> None:
         """Remove all exports, and the server if there is one."""
