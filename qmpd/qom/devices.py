@@ -99,11 +99,12 @@ class Devices:
 
     # -- plugging in
 
-    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True) -> None:
+    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True) -> Device:
         """Plug a device in, as `device_add` does.
 
         :param options: the members of `device_add`, as the client sent them.
         :param hotplugged: False on the command line, where buses take what they don't take later.
+        :return: the device.
         :raise Error: if that can't be done; then nothing has changed.
         """
         self.send_deleted()
@@ -125,13 +126,14 @@ class Devices:
         if node is not None:
             self._attach(device, node, path)
         self._commit(device, name)
+        return device
 
     def _find_bus(self, model: Model, wanted: object) -> Bus:
         if isinstance(wanted, str):
-            found = self._bus_at(wanted)
-            if found.kind != model.bus:
-                raise Error(f"Device '{model.name}' can't go on {found.type_name} bus")
-            return found
+            named = self._bus_at(wanted)
+            if named.kind != model.bus:
+                raise Error(f"Device '{model.name}' can't go on {named.type_name} bus")
+            return named
         if model.bus == self._root_bus.kind:
             return self._root_bus
         found = next((bus for bus in self._buses if bus.kind == model.bus), None)
@@ -145,9 +147,10 @@ class Devices:
         if path.startswith("/"):
             return descend(self._system_bus, names, path)
         first = names[0] if names else ""
+        bus: Bus | None
         if first in ("pci.0", "pcie.0"):
             # Clients write one or the other after the machine that they know; there is one root.
-            bus: Bus | None = self._root_bus
+            bus = self._root_bus
         else:
             bus = next((bus for bus in (*self._buses, self._system_bus) if bus.name == first), None)
         if bus is None:
@@ -305,8 +308,8 @@ class Devices:
 
     # -- unplugging
 
-    def delete(self, device_id: str) -> None:
-        """Unplug a device, as `device_del` does.
+    def removable(self, device_id: str) -> Device:
+        """The device that `delete` would unplug.
 
         :param device_id: its id, or its path in the object tree.
         :raise Error: if it is not there or can't be unplugged.
@@ -314,8 +317,20 @@ class Devices:
         half = self.find(device_id)
         if half is not half.device:
             raise Error("Bus 'virtio-bus' does not support hotplugging")
-        device = half.device
-        device.bus.check_hotplug()
+        half.device.bus.check_hotplug()
+        return half.device
+
+    def take_out(self, device: Device) -> None:
+        """Undo `add`: nobody is told."""
+        self._unplug(device)
+
+    def delete(self, device_id: str) -> None:
+        """Unplug a device, as `device_del` does.
+
+        :param device_id: its id, or its path in the object tree.
+        :raise Error: if it is not there or can't be unplugged.
+        """
+        device = self.removable(device_id)
         events = self._unplug(device)
         if device.model.bus == "SCSI":
             # A SCSI disk needs no answer of the guest in QEMU either.
@@ -436,7 +451,10 @@ def _prepare_disk(device: Device, node: Node | None) -> Node:
 
 
 def _settle_virtio(device: Device) -> None:
-    """Settle which forms of virtio there are: the oldest one needs I/O space, which a port gives to nobody."""
+    """Settle which forms of virtio there are.
+
+    The oldest one needs I/O ports, which are scarce behind PCI Express ports: there it is off by default.
+    """
     values = device.values
     if values["disable-legacy"] == "auto":
         in_port = isinstance(device.bus, PCIBus) and device.bus.root_port
