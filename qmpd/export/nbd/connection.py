@@ -105,6 +105,7 @@ class Connection(asyncio.BufferedProtocol):
         self._room: asyncio.Future[None] | None = None
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._starting_tls: asyncio.Task[None] | None = None
+        self._early = b""
         # Set when the handshake is done.
         self._agreement: Agreement
         self._requests: Requests
@@ -173,6 +174,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _negotiate(self, handshake: Handshake, data: memoryview) -> None:
         transport = self._transport
+        if self._starting_tls is not None:
+            # The transport below was paused before, so this came through TLS, just before we hear of it.
+            self._early += data
+            return
         if transport is None or handshake.waiting:
             return
         answer = handshake.receive(data)
@@ -183,13 +188,13 @@ class Connection(asyncio.BufferedProtocol):
                 _logger.debug("NBD client disconnected: %s", handshake.problem)
             transport.close()
         elif handshake.state is State.TLS:
+            transport.pause_reading()
             self._starting_tls = self._loop.create_task(self._start_tls(handshake, transport))
         elif handshake.state is State.TRANSMISSION:
             self._start_transmission(handshake, transport)
 
     async def _start_tls(self, handshake: Handshake, transport: asyncio.Transport) -> None:
         assert self._server.tls is not None
-        transport.pause_reading()
         try:
             secured = await self._loop.start_tls(
                 transport,
@@ -202,11 +207,15 @@ class Connection(asyncio.BufferedProtocol):
             _logger.debug("NBD client failed to start TLS: %s", error)
             transport.abort()
             return
-        if secured is None:
+        if secured is None or self._transport is None:
             return
         self._transport = secured
         secured.set_write_buffer_limits(high=_OUTPUT_HIGH)
         handshake.secured()
+        self._starting_tls = None
+        early, self._early = self._early, b""
+        if early:
+            self._negotiate(handshake, memoryview(early))
 
     def _start_transmission(self, handshake: Handshake, transport: asyncio.Transport) -> None:
         agreement = handshake.agreement
