@@ -395,4 +395,3 @@ def _issued(certificate: x509.Certificate, signer: x509.Certificate) -> bool:
     except (InvalidSignature, ValueError, TypeError):
         return False
     return True
-

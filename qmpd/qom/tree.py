@@ -222,9 +222,7 @@ class ObjectTree:
         if not isinstance(self.objects.children.get(iothread_id), IOThread):
             raise Error(f'iothread "{iothread_id}" not found')
 
-    def tls_server_context(
-        self, credentials_id: str, authorization_id: str | None = None
-    ) -> ssl.SSLContext:
+    def tls_server_context(self, credentials_id: str, authorization_id: str | None = None) -> ssl.SSLContext:
         """What a server needs for the TLS credentials with this id.
 
         :param authorization_id: the object that decides about each client when it comes; nobody gets in
