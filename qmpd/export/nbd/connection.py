@@ -11,7 +11,8 @@ A client can't make the daemon wait or grow.  It is not read from while
 
 - :data:`MAX_REQUESTS` of its requests are under way, or :data:`MAX_BYTES` of data with them;
 - it does not take its replies;
-- it has had its turn: after :data:`_TURN` seconds of work others get theirs.
+- the clients of its server have had their turn: after some milliseconds the rest of the
+  daemon gets its own (:meth:`~qmpd.export.nbd.server.NBDServer.end_of_turn`).
 
 Long reads are answered in pieces where the client's dialect allows that, and
 read only as fast as the client takes them.
@@ -54,8 +55,6 @@ MAX_BYTES: Final = 64 << 20
 _OUTPUT_HIGH: Final = 1 << 20
 #: Long requests are served in pieces of this many bytes.
 _PIECE: Final = 1 << 20
-#: Seconds for which one client may keep the others waiting.
-_TURN: Final = 0.003
 #: Bytes received at once during the handshake; idle clients cost no more.
 _HANDSHAKE_BUFFER: Final = 4096
 #: The most extents in one reply.
@@ -246,9 +245,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._in_turn or self._handshake is not None:
             return
         self._in_turn = True
-        deadline = perf_counter() + _TURN
+        deadline = self._server.end_of_turn()
         try:
             while self._may_begin():
+                if perf_counter() > deadline:
+                    self._schedule()
+                    break
                 request = self._requests.next()
                 if request is None:
                     break
@@ -258,9 +260,6 @@ class Connection(asyncio.BufferedProtocol):
                 self._begin(request)
                 if self._output_size > _OUTPUT_HIGH:
                     self._flush()
-                if perf_counter() > deadline:
-                    self._schedule()
-                    break
         except TooLong as error:
             # What follows is the payload, which nobody reads.
             self._put(self._dialect.error(error.request, wire.EINVAL, str(error)))

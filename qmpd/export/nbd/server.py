@@ -11,6 +11,7 @@ import ssl
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
+from time import perf_counter
 from typing import Any, Final
 
 from qmpd.errors import Error
@@ -25,6 +26,8 @@ _BACKLOG: Final = 1024
 _MODE: Final = 0o600
 #: Seconds to wait before accepting again when there are no descriptors left.
 _BREATH: Final = 0.1
+#: Seconds for which all clients together may keep the rest of the daemon waiting.
+_TURN: Final = 0.002
 #: <sys/un.h>: the size of sun_path.
 _PATH_SIZE: Final = 108
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -61,6 +64,7 @@ class NBDServer:
         self._place.set()
         #: Clients that are between accept(2) and `joined`.
         self._entering = 0
+        self._turn_ends = 0.0
         #: Path, device and inode of the socket's file, which is removed in the end.
         self._made: tuple[str, int, int] | None = None
 
@@ -217,6 +221,20 @@ class NBDServer:
         """Forget a client; another one may come in."""
         self._connections.discard(connection)
         self._place.set()
+
+    def end_of_turn(self) -> float:
+        """Until when, on `perf_counter`, requests may be begun in this turn of the event loop.
+
+        All clients share it, so that the monitor's are not kept waiting the longer the more
+        there are.  Who comes too late is the first in the next turn.
+        """
+        if not self._turn_ends:
+            self._turn_ends = perf_counter() + _TURN
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        return self._turn_ends
+
+    def _next_turn(self) -> None:
+        self._turn_ends = 0.0
 
     # -- the end
 
