@@ -13,8 +13,10 @@ from typing import Any, Final, TextIO
 from qmpd import __version__
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
-from qmpd.commands import table
+from qmpd.commands import block_export, table
 from qmpd.commands.parts import Parts
+from qmpd.export.exports import Exports
+from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
 from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
@@ -45,20 +47,24 @@ class Daemon:
         self._graph = Graph(DRIVERS, secrets=self._objects.secret_bytes)
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit)
+        self._exports = Exports(self._graph, self._emit)
+        self._hotplug = Hotplug(self._devices, self._exports)
         self._chardevs = Chardevs(announce or _say)
-        parts = Parts(
+        self._parts = Parts(
             schema=self.schema,
             graph=self._graph,
             objects=self._objects,
             devices=self._devices,
+            exports=self._exports,
+            hotplug=self._hotplug,
             jobs=self._jobs,
             emit=self._emit,
             version=VERSION,
             chardevs=self._chardevs.query,
-            quit=self.quit,
+            quit=self._quit_in_order,
             stdout=stdout or sys.stdout,
         )
-        self._dispatcher = Dispatcher(self.schema, table.handlers(parts))
+        self._dispatcher = Dispatcher(self.schema, table.handlers(self._parts))
         self._monitors: list[Monitor] = []
         self._ending = asyncio.Event()
 
@@ -86,7 +92,27 @@ class Daemon:
         :param options: as for `device_add`.
         :raise Error: if it can't be plugged.
         """
-        self._devices.add(options, hotplugged=False)
+        self._hotplug.add(options, hotplugged=False)
+
+    def export_devices(self, wanted: bool) -> None:
+        """Serve the disks that are plugged in from now on to NBD clients, or not."""
+        self._hotplug.doors = wanted
+
+    async def start_nbd_server(self, options: dict[str, Any]) -> None:
+        """Start the NBD server.
+
+        :param options: NbdServerOptions, validated.
+        :raise Error: if there is one already, or it can't listen.
+        """
+        await block_export.nbd_server_start(self._parts, options)
+
+    async def add_export(self, options: dict[str, Any]) -> None:
+        """Make an export.
+
+        :param options: BlockExportOptions, validated.
+        :raise Error: if it can't be made.
+        """
+        block_export.block_export_add(self._parts, options)
 
     async def add_chardev(self, config: ChardevConfig) -> None:
         """Open a character device; with `wait` returns when a client is there.
@@ -122,9 +148,18 @@ class Daemon:
             monitor.stop()
         self._ending.set()
 
+    async def _quit_in_order(self) -> None:
+        """The command `quit`: whoever sent it hears of the end of jobs and exports before the reply."""
+        for monitor in self._monitors:
+            monitor.stop()
+        await self._jobs.close()
+        await self._exports.close()
+        self.quit()
+
     async def close(self) -> None:
         """Take everything down, top first: clients get their last replies and events."""
         await self._jobs.close()
+        await self._exports.close()
         self._devices.close()
         # Nobody comes in any more; then those who are there are taken leave of.
         await self._chardevs.close()

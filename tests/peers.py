@@ -50,6 +50,8 @@ PEERS: Final[Mapping[str, Peer]] = {
         Peer("cryptsetup", "cryptsetup-bin", (2, 4)),
         Peer("nbdinfo", "libnbd-bin"),
         Peer("nbdcopy", "libnbd-bin"),
+        Peer("nbdsh", "python3-libnbd"),
+        Peer("fio", "fio"),
         Peer("socat", "socat"),
         Peer("jq", "jq"),
         Peer("openssl", "openssl"),

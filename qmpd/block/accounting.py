@@ -31,3 +31,20 @@ class Accounting:
     count_invalid: bool = True
     count_failed: bool = True
     counters: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
+
+    def done(self, kind: str, size: int, nanoseconds: int) -> None:
+        """Count a request that went well.
+
+        :param size: bytes that it moved, or that it was about.
+        """
+        counter = self.counters[kind]
+        counter.operations += 1
+        counter.bytes += size
+        counter.time += nanoseconds
+
+    def failed(self, kind: str, nanoseconds: int) -> None:
+        """Count a request that the storage refused."""
+        counter = self.counters[kind]
+        counter.failed += 1
+        if self.count_failed:
+            counter.time += nanoseconds

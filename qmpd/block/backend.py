@@ -6,17 +6,21 @@ its node, and requests go through it, so that it can count them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpd.block.accounting import Accounting
 from qmpd.block.edge import Edge
-from qmpd.block.node import Data, Node
+from qmpd.block.node import BlockStatus, Data, Node
 from qmpd.block.permissions import Permission
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
+
+T = TypeVar("T")
 
 
 class Backend:
@@ -46,6 +50,8 @@ class Backend:
         self.shared = shared
         self.accounting = Accounting()
         self._edge: Edge | None = None
+        self._in_flight = 0
+        self._drained: asyncio.Future[None] | None = None
 
     def describe(self) -> str:
         """How a message names this backend as a parent."""
@@ -114,24 +120,72 @@ class Backend:
 
         :raise OSError: EIO outside the disk, or what the storage says.
         """
-        return await self.node.pread(offset, length)
+        return await self._account("rd", length, self.node.pread(offset, length))
 
     async def pwrite(self, offset: int, data: Data) -> None:
         """Write `data` at `offset`; raises as `pread`, and EPERM on a read-only node."""
-        await self.node.pwrite(offset, data)
+        await self._account("wr", len(data), self.node.pwrite(offset, data))
 
-    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
-        """Make `length` bytes at `offset` read as zeroes; with `unmap` their space may be given back."""
-        await self.node.pwrite_zeroes(offset, length, unmap=unmap)
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fast: bool = False
+    ) -> None:
+        """Make `length` bytes at `offset` read as zeroes; with `unmap` their space may be given back.
+
+        With `fast` it fails with EOPNOTSUPP where it would take as long as writing them.
+        """
+        await self._account("wr", length, self.node.pwrite_zeroes(offset, length, unmap=unmap, fast=fast))
 
     async def discard(self, offset: int, length: int) -> None:
         """The data in this range is of no more use."""
-        await self.node.pdiscard(offset, length)
+        await self._account("unmap", length, self.node.pdiscard(offset, length))
 
     async def flush(self) -> None:
         """What was written before is on stable storage afterwards."""
-        await self.node.flush()
+        await self._account("flush", 0, self.node.flush())
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """What is known about the bytes from `offset` on; raises as `pread`."""
+        self._in_flight += 1
+        try:
+            return await self.node.block_status(offset, length)
+        finally:
+            self._end_one()
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         """Change the disk's size to `size` bytes."""
         await self.node.truncate(size, preallocation)
+
+    async def _account(self, kind: str, size: int, request: Coroutine[Any, Any, T]) -> T:
+        """Await a request, and count it."""
+        self._in_flight += 1
+        started = perf_counter_ns()
+        try:
+            result = await request
+        except BaseException:
+            self.accounting.failed(kind, perf_counter_ns() - started)
+            raise
+        else:
+            self.accounting.done(kind, size, perf_counter_ns() - started)
+            return result
+        finally:
+            self._end_one()
+
+    # -- requests under way
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are under way."""
+        return self._in_flight
+
+    async def drain(self) -> None:
+        """Return when no request is under way any more."""
+        while self._in_flight:
+            if self._drained is None:
+                self._drained = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._drained)
+
+    def _end_one(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight and self._drained is not None:
+            self._drained.set_result(None)
+            self._drained = None

@@ -13,6 +13,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from qmpd.block.edge import Edge
@@ -34,6 +35,22 @@ MAX_SIZE = (1 << 63) - (1 << 30)
 
 #: A write of zeroes that a driver can't do by itself is done in pieces of this many bytes.
 ZERO_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class BlockStatus:
+    """What is known about a run of bytes.
+
+    :param length: of the run, in bytes; the next one may be just the same.
+    :param data: there is something in it: it is no hole.
+    :param zero: it reads as zeroes.
+    :param depth: how far down the chain of images it comes from: 1 for this one, 0 for none of them.
+    """
+
+    length: int
+    data: bool = True
+    zero: bool = False
+    depth: int = 1
 
 
 class NotSupported(Exception):
@@ -236,11 +253,14 @@ class Node(ABC):
             await self._pwrite(start, view)
         self.write_highest_offset = max(self.write_highest_offset, offset + length)
 
-    async def pwrite_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+    async def pwrite_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fast: bool = False
+    ) -> None:
         """Make `length` bytes at `offset` read as zeroes.
 
         :param unmap: their space may be given back.
-        :raise OSError: as for `pwrite`.
+        :param fast: only if it takes less time than writing them.
+        :raise OSError: as for `pwrite`; EOPNOTSUPP if it is not `fast`.
         """
         self.check_request(offset, length)
         self._check_writable()
@@ -255,6 +275,8 @@ class Node(ABC):
                 return
             except NotSupported:
                 pass
+        if fast:
+            raise errno_error(errno.EOPNOTSUPP)
         await self._write_out_zeroes(offset, length)
 
     async def _write_out_zeroes(self, offset: int, length: int) -> None:
@@ -294,6 +316,16 @@ class Node(ABC):
             except NotSupported:
                 pass
 
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """What is known about the bytes from `offset` on.
+
+        :param length: how far to look, in bytes; at least 1.
+        :returns: a run of at least 1 and at most `length` bytes.
+        :raise OSError: as for `pread`.
+        """
+        self.check_request(offset, length)
+        return await self._block_status(offset, length)
+
     async def flush(self) -> None:
         """What was written before is on stable storage afterwards.
 
@@ -330,6 +362,9 @@ class Node(ABC):
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         raise NotSupported
+
+    async def _block_status(self, offset: int, length: int) -> BlockStatus:
+        return BlockStatus(length)
 
     async def _flush(self) -> None:
         for edge in self.children.values():

@@ -67,6 +67,14 @@ What the daemon starts with:
                            a block node
   --device DRIVER[,id=ID][,PROPERTY=VALUE]...
                            a device that uses a block node
+  --nbd-server addr.type=unix,addr.path=PATH |
+               addr.type=inet,addr.host=HOST,addr.port=PORT
+               [,tls-creds=ID][,tls-authz=ID][,max-connections=N]
+                           the NBD server
+  --export nbd,id=ID,node-name=NAME[,name=NAME][,writable=on|off]
+                           serve a block node to NBD clients
+  --device-exports on|off  serve every disk that is plugged in from here on to
+                           NBD clients, under its device's id (default: off)
 
 The process:
   --pidfile PATH           write the process id to PATH; removed on exit

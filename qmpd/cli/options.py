@@ -92,6 +92,7 @@ STORAGE_DAEMON_OPTIONS: Final[Mapping[str, bool]] = {
 #: What qmpd has besides.
 OWN_OPTIONS: Final[Mapping[str, bool]] = {
     "device": True,
+    "device-exports": True,
     "log": True,
     "loop": True,
     "qmp": True,

@@ -1,4 +1,4 @@
-"""From options to what they ask for: objects, nodes, devices, character devices, monitors.
+"""From options to what they ask for: objects, nodes, devices, exports, character devices, monitors.
 
 :class:`Start` gives a daemon, one option after the other, what the command
 line describes.  The schema reads the typed options; what QEMU has a dialect of
@@ -17,7 +17,7 @@ from qmpd.cli import chardev_options
 from qmpd.cli.options import Answered, Option, naming
 from qmpd.errors import Error
 from qmpd.monitor.chardev import ChardevConfig
-from qmpd.qapi import HelpRequested, Schema, keyval
+from qmpd.qapi import HelpRequested, Schema
 from qmpd.qapi.types import BuiltinType, EnumType, ObjectType
 from qmpd.qjson import parse_json
 
@@ -133,16 +133,22 @@ class Start:
             warning = f"warning: trace event '{event}' does not exist"
             print(f"qmpd: {option.text}: {warning}", file=sys.stderr, flush=True)
 
-    async def _nbd_server(self, option: Option) -> NoReturn:
-        raise Error("NBD servers are not available in this version of qmpd")
+    async def _nbd_server(self, option: Option) -> None:
+        arguments = self._schema.from_option("NbdServerOptions", option.value)
+        address = arguments["addr"]
+        if self.daemonize and address["type"] == "unix" and not address.get("abstract"):
+            # The working directory is about to change, and the socket has to be removed later.
+            arguments["addr"] = {**address, "path": os.path.abspath(address["path"])}
+        await self.daemon.start_nbd_server(arguments)
 
-    async def _export(self, option: Option) -> NoReturn:
-        is_json = option.value.startswith("{")
-        arguments = parse_json(option.value) if is_json else keyval.parse(option.value, "type")
-        if arguments.get("type") == "nbd":
-            # True whatever stands before it, and what qemu-storage-daemon says without --nbd-server.
-            raise Error("NBD server not running")
-        raise Error("exports are not available in this version of qmpd")
+    async def _export(self, option: Option) -> None:
+        arguments = self._schema.from_option("BlockExportOptions", option.value, "type")
+        await self.daemon.add_export(arguments)
+
+    async def _device_exports(self, option: Option) -> None:
+        if option.value not in ("on", "off"):
+            raise Error(f"'{option.value}' is none of on, off")
+        self.daemon.export_devices(option.value == "on")
 
     async def _unexpected(self, option: Option) -> NoReturn:
         raise Error("Unexpected argument")
@@ -153,6 +159,7 @@ _ACTIONS: Final[Mapping[str, Callable[[Start, Option], Awaitable[None]]]] = {
     "blockdev": Start._blockdev,
     "chardev": Start._chardev,
     "device": Start._device,
+    "device-exports": Start._device_exports,
     "export": Start._export,
     "monitor": Start._monitor,
     "nbd-server": Start._nbd_server,

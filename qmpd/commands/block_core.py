@@ -15,6 +15,7 @@ from qmpd.block.permissions import Permission
 from qmpd.commands.parts import Handler, Parts
 from qmpd.errors import DeviceNotActive, Error
 from qmpd.qom.guest_disk import GuestDisk
+from qmpd.qom.latency import TimedAccounting
 
 # -- adding and deleting
 
@@ -66,7 +67,7 @@ def query_named_block_nodes(parts: Parts, arguments: dict[str, Any]) -> list[dic
 
 def query_block(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """All disks of devices."""
-    return [block_info(backend) for backend in parts.graph.disks()]
+    return [block_info(backend, parts.hotplug.nbd_uri(backend)) for backend in parts.graph.disks()]
 
 
 def query_blockstats(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -74,6 +75,20 @@ def query_blockstats(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, 
     if arguments.get("query-nodes"):
         return [node_stats(node) for node in reversed(parts.graph.nodes())]
     return [disk_stats(backend) for backend in parts.graph.disks()]
+
+
+def block_latency_histogram_set(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Count a disk's requests by the time that they take."""
+    backend = parts.devices.backend(arguments["id"])
+    assert isinstance(backend, GuestDisk), "only devices have disks"
+    members = {"read": "rd", "write": "wr", "zap": "zone_append", "flush": "flush"}
+    own = {
+        kind: arguments[f"boundaries-{member}"]
+        for member, kind in members.items()
+        if f"boundaries-{member}" in arguments
+    }
+    backend.accounting.set_histograms(arguments["id"], arguments.get("boundaries"), own)
+    return {}
 
 
 def x_debug_query_block_graph(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +175,10 @@ def block_device_info(node: Node) -> dict[str, Any]:
     }
 
 
-def block_info(backend: Backend) -> dict[str, Any]:
+def block_info(backend: Backend, nbd_uri: str | None) -> dict[str, Any]:
     """BlockInfo of a device's disk.
+
+    :param nbd_uri: where NBD clients find it, if they do.
 
     There is an I/O status where an error may stop the machine.  A device with an
     empty id has a name that can't be told from none.
@@ -178,6 +195,7 @@ def block_info(backend: Backend) -> dict[str, Any]:
         **({"qdev": backend.qdev} if backend.qdev else {}),
         **({"tray_open": False} if backend.removable else {}),
         "type": "unknown",
+        **({"nbd-uri": nbd_uri} if nbd_uri is not None else {}),
     }
 
 
@@ -197,6 +215,12 @@ def device_stats(accounting: Accounting, write_highest_offset: int) -> dict[str,
         if kind != "flush":
             stats[f"{kind}_bytes"] = counter.bytes
             stats[f"{kind}_merged"] = counter.merged
+    if isinstance(accounting, TimedAccounting):
+        for kind, histogram in accounting.histograms.items():
+            stats[f"{kind}_latency_histogram"] = {
+                "boundaries": histogram.boundaries,
+                "bins": histogram.bins,
+            }
     return stats
 
 
@@ -242,6 +266,7 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "query-named-block-nodes": query_named_block_nodes,
     "query-block": query_block,
     "query-blockstats": query_blockstats,
+    "block-latency-histogram-set": block_latency_histogram_set,
     "x-debug-query-block-graph": x_debug_query_block_graph,
     "query-block-jobs": query_block_jobs,
     "block-job-cancel": partial(block_job_verb, "device"),

@@ -18,9 +18,9 @@ def query_commands(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, An
     return [{"name": name} for name in parts.schema.commands]
 
 
-def quit_daemon(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+async def quit_daemon(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """End the daemon."""
-    parts.quit()
+    await parts.quit()
     return {}
 
 

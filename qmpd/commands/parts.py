@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 from qmpd.block.graph import Graph
+from qmpd.export.exports import Exports
+from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
 from qmpd.qapi import Schema
 from qmpd.qom.devices import Devices
@@ -22,7 +24,7 @@ class Parts:
 
     :param version: the reply of query-version (VersionInfo), which is also in the greeting.
     :param chardevs: lists the character devices (ChardevInfo).
-    :param quit: ends the daemon once the reply is on its way.
+    :param quit: makes the daemon end once the reply is on its way.
     :param stdout: where qemu-io's output goes.
     """
 
@@ -30,11 +32,13 @@ class Parts:
     graph: Graph
     objects: ObjectTree
     devices: Devices
+    exports: Exports
+    hotplug: Hotplug
     jobs: Jobs
     emit: Emit
     version: Mapping[str, Any]
     chardevs: Callable[[], list[dict[str, Any]]]
-    quit: Callable[[], None]
+    quit: Callable[[], Awaitable[None]]
     stdout: TextIO
 
 

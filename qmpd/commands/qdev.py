@@ -10,13 +10,13 @@ from qmpd.commands.parts import Handler, Parts
 
 def device_add(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """Plug a device in."""
-    parts.devices.add(arguments)
+    parts.hotplug.add(arguments)
     return {}
 
 
-def device_del(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+async def device_del(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """Unplug a device."""
-    parts.devices.delete(arguments["id"])
+    await parts.hotplug.delete(arguments["id"])
     return {}
 
 

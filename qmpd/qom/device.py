@@ -82,6 +82,11 @@ class Device(DeviceHalf):
         half = self.children.get("virtio-backend")
         return half if isinstance(half, DeviceHalf) else self
 
+    def with_children(self) -> list[Device]:
+        """All that is plugged into this device, the last one first, and then itself."""
+        below = self.own_bus.devices if self.own_bus is not None else []
+        return [each for child in reversed(below) for each in child.with_children()] + [self]
+
     def value(self, name: str) -> Any:
         """The value of a property."""
         match name:

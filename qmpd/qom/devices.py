@@ -99,11 +99,12 @@ class Devices:
 
     # -- plugging in
 
-    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True) -> None:
+    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True) -> Device:
         """Plug a device in, as `device_add` does.
 
         :param options: the members of `device_add`, as the client sent them.
         :param hotplugged: False on the command line, where buses take what they don't take later.
+        :return: the device.
         :raise Error: if that can't be done; then nothing has changed.
         """
         self.send_deleted()
@@ -125,6 +126,7 @@ class Devices:
         if node is not None:
             self._attach(device, node, path)
         self._commit(device, name)
+        return device
 
     def _find_bus(self, model: Model, wanted: object) -> Bus:
         if isinstance(wanted, str):
@@ -306,8 +308,8 @@ class Devices:
 
     # -- unplugging
 
-    def delete(self, device_id: str) -> None:
-        """Unplug a device, as `device_del` does.
+    def removable(self, device_id: str) -> Device:
+        """The device that `delete` would unplug.
 
         :param device_id: its id, or its path in the object tree.
         :raise Error: if it is not there or can't be unplugged.
@@ -315,8 +317,20 @@ class Devices:
         half = self.find(device_id)
         if half is not half.device:
             raise Error("Bus 'virtio-bus' does not support hotplugging")
-        device = half.device
-        device.bus.check_hotplug()
+        half.device.bus.check_hotplug()
+        return half.device
+
+    def take_out(self, device: Device) -> None:
+        """Undo `add`: nobody is told."""
+        self._unplug(device)
+
+    def delete(self, device_id: str) -> None:
+        """Unplug a device, as `device_del` does.
+
+        :param device_id: its id, or its path in the object tree.
+        :raise Error: if it is not there or can't be unplugged.
+        """
+        device = self.removable(device_id)
         events = self._unplug(device)
         if device.model.bus == "SCSI":
             # A SCSI disk needs no answer of the guest in QEMU either.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qmpd.block.backend import Backend
+from qmpd.qom.latency import TimedAccounting
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
@@ -32,6 +33,7 @@ class GuestDisk(Backend):
         stops_on_error: bool,
     ) -> None:
         super().__init__(graph, qdev=qdev, device_id=device_id, perm=perm, shared=shared)
+        self.accounting: TimedAccounting = TimedAccounting()
         self.removable = removable
         self.write_cache = write_cache
         self.stops_on_error = stops_on_error

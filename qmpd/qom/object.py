@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from qmpd.errors import Error
 from qmpd.qapi import Schema
-from qmpd.qapi.types import AlternateType, ObjectType
+from qmpd.qapi.types import AlternateType, ListType, Member, ObjectType
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +152,21 @@ def schema_properties(schema: Schema, struct: str, names: Mapping[str, str]) -> 
     type_ = schema.types[struct]
     assert isinstance(type_, ObjectType), f"{struct} is no struct"
     result = {}
-    for member in type_.members:
-        # An alternate stands for one property that is written in several ways, the first being the usual.
-        member_type = schema.types[member.type]
-        name = member_type.members[0].type if isinstance(member_type, AlternateType) else member.type
+    for member in sorted(type_.members, key=_qom_order):
+        member_type, name = schema.types[member.type], member.type
+        if isinstance(member_type, AlternateType):
+            # It stands for one property that is written in several ways, the first being the usual.
+            name = member_type.members[0].type
+        elif isinstance(member_type, ListType):
+            # QOM names the type of the elements.
+            name = member_type.element
         result[member.name] = names.get(name, name)
     return result
+
+
+#: Members that QOM lists before all others of their struct, in another order than the schema's.
+_FIRST: Final = ("endpoint", "dir", "verify-peer", "priority")
+
+
+def _qom_order(member: Member) -> int:
+    return _FIRST.index(member.name) if member.name in _FIRST else len(_FIRST)

@@ -10,16 +10,20 @@ are several, none.
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 from qmpd.errors import DeviceNotFound, Error
 from qmpd.qapi import Schema
+from qmpd.qom.authz import Authorization, AuthorizationList, SimpleAuthorization
 from qmpd.qom.iothread import IOThread
 from qmpd.qom.models import DEFAULTS, device_property_types
 from qmpd.qom.object import OBJECT_TYPE_NAMES, Chardev, Container, Object, schema_properties
 from qmpd.qom.secret import Secret, check_utf8
 from qmpd.qom.throttle_group import ThrottleGroup
+from qmpd.qom.tls_creds import PreSharedKeys, TLSCredentials, X509Credentials
 from qmpd.qom.types import TYPES, implements
 from qmpd.qom.user_creatable import UserCreatable
 
@@ -27,7 +31,16 @@ _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 #: What `object-add` makes.
 _CREATABLE: Final[Mapping[str, type[UserCreatable]]] = {
-    class_.qom_type: class_ for class_ in (Secret, IOThread, ThrottleGroup)
+    class_.qom_type: class_
+    for class_ in (
+        AuthorizationList,
+        IOThread,
+        PreSharedKeys,
+        Secret,
+        SimpleAuthorization,
+        ThrottleGroup,
+        X509Credentials,
+    )
 }
 
 
@@ -200,6 +213,34 @@ class ObjectTree:
         value = self.raw_secret(secret_id)
         check_utf8(secret_id, value)
         return value
+
+    def check_iothread(self, iothread_id: str) -> None:
+        """See that there is an I/O thread.
+
+        :raise Error: if there is none with this id.
+        """
+        if not isinstance(self.objects.children.get(iothread_id), IOThread):
+            raise Error(f'iothread "{iothread_id}" not found')
+
+    def tls_server_context(self, credentials_id: str, authorization_id: str | None = None) -> ssl.SSLContext:
+        """What a server needs for the TLS credentials with this id.
+
+        :param authorization_id: the object that decides about each client when it comes; nobody gets in
+            while there is none with this id.  None to let everybody in.
+        :raise Error: if there are no such credentials, or they are a client's.
+        """
+        found = self.objects.children.get(credentials_id)
+        if found is None:
+            raise Error(f"No TLS credentials with id '{credentials_id}'")
+        if not isinstance(found, TLSCredentials):
+            raise Error(f"Object with id '{credentials_id}' is not TLS credentials")
+        if authorization_id is None:
+            return found.server_context()
+        return found.server_context(partial(self._authorizes, authorization_id))
+
+    def _authorizes(self, authorization_id: str, identity: str) -> bool:
+        found = self.objects.children.get(authorization_id)
+        return isinstance(found, Authorization) and found.allows(identity)
 
     def show_chardev(self, chardev_id: str, chardev: Chardev) -> None:
         """Put a character device below ``/chardevs``.

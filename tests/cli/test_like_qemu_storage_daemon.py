@@ -114,6 +114,67 @@ WRONG = [
     ["--ch", "--help"],
     ["--frob", "--version"],
     ["--blockdev", "null-co,node-name=n", "--export", "type=nbd,id=e,node-name=n"],
+    ["--export", "nbd,id=e,node-name=n"],
+    *(
+        ["--nbd-server", value]
+        for value in (
+            "",
+            "help",
+            "foo",
+            "addr.type=unix",
+            "addr.type=tcp",
+            "addr.type=unix,addr.path=no/s",
+            "addr.type=unix,addr.path=s,tls-creds=x",
+            "addr.type=unix,addr.path=s,max-connections=x",
+            "addr.type=unix,addr.path=s,max-connections=-1",
+            "addr.type=unix,addr.path=s,handshake-max-seconds=-1",
+            "addr.type=unix,addr.path=s,foo=1",
+            '{"addr":{"type":"unix","data":{"path":"s"}}}',
+            '{"addr":{"type":"unix","path":1}}',
+            '{"addr":{"type":"unix","path":"s"}} x',
+            "addr.type=inet,addr.host=127.0.0.1",
+            "addr.type=inet,addr.host=127.0.0.1,addr.port=abc",
+            "addr.type=fd,addr.str=99",
+            "addr.type=fd,addr.str=0",
+        )
+    ),
+    ["--nbd-server", "addr.type=unix,addr.path=s", "--nbd-server", "addr.type=unix,addr.path=t"],
+    ["--object", "secret,id=x,data=y", "--nbd-server", "addr.type=unix,addr.path=s,tls-creds=x"],
+    *(
+        ["--blockdev", "null-co,node-name=n", "--nbd-server", "addr.type=unix,addr.path=s", *exports]
+        for exports in (
+            ["--export", "help"],
+            ["--export", ""],
+            ["--export", "nbd"],
+            ["--export", "nbd,id=e"],
+            ["--export", "foo,id=e,node-name=n"],
+            ["--export", "nbd,id=e,node-name=x"],
+            ["--export", "nbd,id=3,node-name=n"],
+            ["--export", "nbd,id=e,node-name=n,writable=maybe"],
+            ["--export", "nbd,id=e,node-name=n,bitmaps.0=x"],
+            ["--export", "nbd,id=e,node-name=n,iothread=x"],
+            ["--export", "nbd,id=e,node-name=n,foo=x"],
+            ["--export", '{"type":"nbd","id":"e","node-name":"n","name":3}'],
+            ["--export", "nbd,id=e,node-name=n", "--export", "nbd,id=e,node-name=n"],
+            ["--export", "nbd,id=e,node-name=n", "--export", "nbd,id=f,node-name=n"],
+        )
+    ),
+    *(
+        ["--object", value]
+        for value in (
+            "tls-creds-x509,id=t",
+            "tls-creds-x509,id=t,endpoint=server",
+            "tls-creds-x509,id=t,dir=.,endpoint=server",
+            "tls-creds-x509,id=t,dir=none,endpoint=client",
+            "tls-creds-x509,id=t,dir=.,endpoint=foo",
+            "tls-creds-psk,id=t",
+            "tls-creds-psk,id=t,dir=.,endpoint=server",
+            "authz-simple,id=a",
+            "authz-list,id=a,policy=foo",
+            "authz-list,id=a,rules.0.match=x",
+            "authz-list,id=a,rules.0.match=x,rules.0.policy=allow,rules.0.format=regex",
+        )
+    ),
 ]
 
 

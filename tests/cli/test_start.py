@@ -32,6 +32,15 @@ class RecordingDaemon:
     async def add_device(self, options: dict[str, Any]) -> None:
         self.asked.append(("device", options))
 
+    def export_devices(self, wanted: bool) -> None:
+        self.asked.append(("device-exports", wanted))
+
+    async def start_nbd_server(self, options: dict[str, Any]) -> None:
+        self.asked.append(("nbd-server", options))
+
+    async def add_export(self, options: dict[str, Any]) -> None:
+        self.asked.append(("export", options))
+
     async def add_chardev(self, config: ChardevConfig) -> None:
         self.asked.append(("chardev", config))
 
@@ -92,6 +101,41 @@ async def test_json_is_taken_wherever_the_schema_knows_the_type(daemon: Recordin
     ]
 
 
+async def test_exports_and_their_server_take_both_spellings(daemon: RecordingDaemon) -> None:
+    address = {"type": "unix", "path": "s"}
+    export = {"type": "nbd", "id": "e", "node-name": "n", "writable": True}
+    asked = await start(
+        daemon,
+        "--nbd-server",
+        "addr.type=unix,addr.path=s,max-connections=3",
+        "--nbd-server",
+        '{"addr": {"type": "unix", "path": "s"}}',
+        "--export",
+        "nbd,id=e,node-name=n,writable=on",
+        "--export",
+        '{"type": "nbd", "id": "e", "node-name": "n", "writable": true}',
+        "--device-exports",
+        "on",
+        "--device-exports=off",
+    )
+    assert asked == [
+        ("nbd-server", {"addr": address, "max-connections": 3}),
+        ("nbd-server", {"addr": address}),
+        ("export", export),
+        ("export", export),
+        ("device-exports", True),
+        ("device-exports", False),
+    ]
+
+
+async def test_an_nbd_socket_keeps_its_place_when_the_working_directory_changes(
+    daemon: RecordingDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/tmp")
+    ((_, options),) = await start(daemon, "--nbd-server", "addr.type=unix,addr.path=s", daemonize=True)
+    assert options["addr"]["path"] == "/tmp/s"
+
+
 async def test_a_monitor_may_be_one_option(daemon: RecordingDaemon) -> None:
     asked = await start(daemon, "--qmp", "unix:/s,server,nowait", "--qmp", "stdio")
     assert asked == [
@@ -125,9 +169,11 @@ async def test_a_monitor_may_be_one_option(daemon: RecordingDaemon) -> None:
         (["--device", '{"driver": x}'], "JSON parse error, invalid keyword 'x'"),
         (["--chardev", "nope,id=a"], "'nope' is not a valid char driver name"),
         (["foo"], "Unexpected argument"),
-        (["--export", "type=nbd,id=e,node-name=n"], "NBD server not running"),
-        (["--export", "fuse,id=e"], "exports are not available in this version of qmpd"),
-        (["--nbd-server", "addr.type=unix"], "NBD servers are not available in this version of qmpd"),
+        (["--export", "nbd,id=e"], "Parameter 'node-name' is missing"),
+        (["--export", "fuse,id=e"], "Parameter 'type' does not accept value 'fuse'"),
+        (["--nbd-server", "addr.type=unix"], "Parameter 'addr.path' is missing"),
+        (["--nbd-server", "foo"], "Expected '=' after parameter 'foo'"),
+        (["--device-exports", "maybe"], "'maybe' is none of on, off"),
         (["--trace", "foo=bar"], "Invalid parameter 'foo'"),
     ],
 )

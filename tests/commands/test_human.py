@@ -11,6 +11,8 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.commands.human import execute
 from qmpd.commands.parts import Parts
+from qmpd.export.exports import Exports
+from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
 from qmpd.qapi import load, schema_directory
 from qmpd.qom.devices import Devices
@@ -22,6 +24,9 @@ async def parts() -> AsyncIterator[Parts]:
     def emit(name: str, data: dict[str, Any]) -> None:
         pass
 
+    async def quit_nothing() -> None:
+        pass
+
     schema = load(schema_directory())
     tree = ObjectTree(schema)
     graph = Graph(DRIVERS, secrets=tree.secret_bytes)
@@ -30,16 +35,19 @@ async def parts() -> AsyncIterator[Parts]:
     await graph.add({"driver": "null-co", "node-name": "ro", "size": 1 << 20, "read-only": True})
     devices = Devices(graph, tree, emit)
     devices.add({"driver": "virtio-blk-pci", "id": "d", "drive": "n2"})
+    exports = Exports(graph, emit)
     yield Parts(
         schema=schema,
         graph=graph,
         objects=tree,
         devices=devices,
+        exports=exports,
+        hotplug=Hotplug(devices, exports),
         jobs=Jobs(emit),
         emit=emit,
         version={"qemu": {"major": 1, "minor": 2, "micro": 3}, "package": "pack"},
         chardevs=list,
-        quit=lambda: None,
+        quit=quit_nothing,
         stdout=io.StringIO(),
     )
     devices.close()

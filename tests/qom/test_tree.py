@@ -118,9 +118,13 @@ async def test_qom_set_changes_what_qom_get_shows(tree: ObjectTree) -> None:
 def test_types_are_listed_by_what_they_implement(tree: ObjectTree) -> None:
     assert tree.list_types("secret_common") == [{"name": "secret", "parent": "secret_common"}]
     assert {each["name"] for each in tree.list_types("user-creatable")} == {
-        "secret",
+        "authz-list",
+        "authz-simple",
         "iothread",
+        "secret",
         "throttle-group",
+        "tls-creds-psk",
+        "tls-creds-x509",
     }
     assert tree.list_types("nope") == []
 

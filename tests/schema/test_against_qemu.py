@@ -73,16 +73,12 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     (
         "object-add.qom-type",
-        "authz-list authz-listfile authz-pam authz-simple main-loop pr-manager-helper secret_keyring "
-        "tls-cipher-suites tls-creds-anon tls-creds-psk tls-creds-x509",
+        "authz-listfile authz-pam main-loop pr-manager-helper secret_keyring tls-cipher-suites "
+        "tls-creds-anon",
         LATER,
     ),
+    ("block-export-add.type", "fuse vduse-blk vhost-user-blk", LATER),
     ("query-blockstats ->[]", "backing", CHAINS),
-    (
-        "query-blockstats ->[].stats",
-        "flush_latency_histogram rd_latency_histogram wr_latency_histogram zone_append_latency_histogram",
-        LATER,
-    ),
     (
         "query-jobs ->[].type",
         "amend backup commit mirror snapshot-delete snapshot-load snapshot-save stream",
@@ -103,6 +99,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
 ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
     ("blockdev-add.driver", "gluks", "is the driver's name in early proposals, and deprecated"),
     ("blockdev-add<luks>", "header-file", "is the member's name in early proposals, and deprecated"),
+    ("query-block ->[]", "nbd-uri", "tells where a device is served, which QEMU never does"),
 )
 
 #: Members that QEMU insists on and qmpd does not.
@@ -112,7 +109,15 @@ OPTIONAL_HERE: Final[Mapping[str, str]] = {
 
 #: Commands and events that one of QEMU's two programs has and the other has not.
 OF_THE_MACHINE: Final = frozenset(
-    {"device_add", "device_del", "human-monitor-command", "system_reset", "DEVICE_DELETED", "RESET"}
+    {
+        "block-latency-histogram-set",
+        "device_add",
+        "device_del",
+        "human-monitor-command",
+        "system_reset",
+        "DEVICE_DELETED",
+        "RESET",
+    }
 )
 
 

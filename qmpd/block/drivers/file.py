@@ -8,16 +8,17 @@ cache, and only ragged ends through it.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import mmap
 import os
 import stat
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qmpd.block import allocation, creation
 from qmpd.block.file_locks import ImageLocks
-from qmpd.block.node import SECTOR, Node, NotSupported
+from qmpd.block.node import SECTOR, BlockStatus, Node, NotSupported
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
@@ -33,6 +34,12 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 #: Preallocation in full is written in pieces of this many bytes.
 _PIECE = 1 << 20
+
+#: Writes of at most this many bytes share a thread.
+_SMALL = 32 << 10
+
+#: Data, offset, and who waits for it.
+_SmallWrite: TypeAlias = "tuple[memoryview, int, asyncio.Future[None]]"
 
 
 def open_regular(filename: str, flags: int) -> int:
@@ -100,6 +107,8 @@ class FileNode(Node):
         self._writable = False
         self._locks: ImageLocks | None = None
         self._size = 0
+        self._small_writes: list[_SmallWrite] = []
+        self._writer: asyncio.Task[None] | None = None
         self._discards_done = 0
         self._discards_failed = 0
         self._discarded_bytes = 0
@@ -238,8 +247,44 @@ class FileNode(Node):
         return buffer
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
-        await self.graph.in_io_thread(self._write, data, offset)
+        if len(data) > _SMALL:
+            await self.graph.in_io_thread(self._write, data, offset)
+        else:
+            # Handing something to a thread costs more than a small write does: all that come in
+            # one turn of the loop, or while a thread is busy with others, go there together.
+            done = asyncio.get_running_loop().create_future()
+            self._small_writes.append((data, offset, done))
+            if self._writer is None:
+                self._writer = asyncio.create_task(self._write_small())
+            await done
         self._size = max(self._size, offset + len(data))
+
+    async def _write_small(self) -> None:
+        while self._small_writes:
+            writes, self._small_writes = self._small_writes, []
+            try:
+                failures = await self.graph.in_io_thread(self._write_all, writes)
+            except BaseException as error:
+                failures = [error] * len(writes)
+            for (_, _, done), failure in zip(writes, failures, strict=True):
+                if done.done():
+                    continue  # Nobody waits for it any more.
+                if failure is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(failure)
+        self._writer = None
+
+    def _write_all(self, writes: list[_SmallWrite]) -> list[BaseException | None]:
+        """What became of each write; one that fails does not concern the others."""
+        failures: list[BaseException | None] = []
+        for data, offset, _ in writes:
+            try:
+                self._write(data, offset)
+                failures.append(None)
+            except OSError as error:
+                failures.append(error)
+        return failures
 
     def _write(self, data: memoryview, offset: int) -> None:
         if self._direct_descriptor >= 0 and offset % PAGE == 0 and len(data) % PAGE == 0:
@@ -278,6 +323,30 @@ class FileNode(Node):
         if not mode & allocation.KEEP_SIZE:
             self._size = max(self._size, offset + length)
         return True
+
+    async def _block_status(self, offset: int, length: int) -> BlockStatus:
+        return await self.graph.in_io_thread(self._seek, offset, length)
+
+    def _seek(self, offset: int, length: int) -> BlockStatus:
+        """Where the file's next hole or data begins (lseek(2), SEEK_HOLE and SEEK_DATA)."""
+        try:
+            data = os.lseek(self._descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return BlockStatus(length, data=False, zero=True)
+            if error.errno in _UNSUPPORTED:
+                return BlockStatus(length)
+            raise
+        if data > offset:
+            return BlockStatus(min(data - offset, length), data=False, zero=True)
+        try:
+            hole = os.lseek(self._descriptor, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            # It was cut short in between.
+            return BlockStatus(length, data=False, zero=True)
+        return BlockStatus(min(hole - offset, length) if hole > offset else length)
 
     async def _flush(self) -> None:
         await self.graph.in_io_thread(os.fdatasync, self._descriptor)

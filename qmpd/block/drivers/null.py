@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qmpd.block.node import SECTOR, Node
+from qmpd.block.node import SECTOR, BlockStatus, Node
 from qmpd.block.options import NodeOptions
 from qmpd.errors import Error
 
@@ -71,6 +71,10 @@ class NullCoNode(Node):
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         await self._wait()
+
+    async def _block_status(self, offset: int, length: int) -> BlockStatus:
+        zero = bool(self.options.get("read-zeroes"))
+        return BlockStatus(length, data=False, zero=zero, depth=int(zero))
 
     async def _flush(self) -> None:
         await self._wait()

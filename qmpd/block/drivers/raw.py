@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from qmpd.block.node import SECTOR, Data, Node
+import errno
+
+from qmpd.block.node import SECTOR, BlockStatus, Data, Node, NotSupported
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
 
@@ -61,10 +63,23 @@ class RawNode(Node):
         await self.file.pwrite(self._offset + offset, data)
 
     async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        await self.file.pwrite_zeroes(self._offset + offset, length, unmap=unmap)
+        try:
+            await self.file.pwrite_zeroes(self._offset + offset, length, unmap=unmap, fast=True)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                # Whether they are to be written instead is for whoever asked to say.
+                raise NotSupported from None
+            raise
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         await self.file.pdiscard(self._offset + offset, length)
+
+    async def _block_status(self, offset: int, length: int) -> BlockStatus:
+        start = self._offset + offset
+        available = self.file.size - start
+        if available <= 0:
+            return BlockStatus(length, data=False, zero=True)
+        return await self.file.block_status(start, min(length, available))
 
     async def _truncate(self, size: int, preallocation: str) -> None:
         if self._fixed_size is not None:
