@@ -175,7 +175,7 @@ def block_device_info(node: Node) -> dict[str, Any]:
     }
 
 
-def block_info(backend: Backend, nbd_uri: str | None) -> dict[str, Any]:
+def block_info(backend: Backend, nbd_uri: str | None = None) -> dict[str, Any]:
     """BlockInfo of a device's disk.
 
     :param nbd_uri: where NBD clients find it, if they do.
