@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +18,6 @@ from qmpd.block.permissions import Permission
 from qmpd.block.qemu_io import QemuIO
 from qmpd.commands.parts import Parts
 from qmpd.errors import Error
-from qmpd.qom.guest_disk import GuestDisk
 
 _SPACE: Final = " \t\n\r\v\f"
 _ESCAPES: Final[Mapping[str, str]] = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
@@ -153,11 +151,8 @@ async def _qemu_io(parts: Parts, options: frozenset[str], words: list[str]) -> s
 
 
 async def _on(parts: Parts, backend: Backend, line: str) -> str:
-    # What the monitor does is not the guest's doing.
-    uncounted = backend.accounting.aside() if isinstance(backend, GuestDisk) else nullcontext()
     try:
-        with uncounted:
-            await QemuIO(backend, parts.stdout, sys.stderr).execute(line)
+        await QemuIO(backend, parts.stdout, sys.stderr).execute(line)
     except Error as error:
         return f"{error.desc}\n"
     return ""

@@ -1,19 +1,16 @@
-"""What a guest's disk counts: its requests, and how long they take, as histograms.
+"""How long a disk's requests take, as histograms.
 
 A histogram counts requests in bins between boundaries, and lasts until it is
-set anew.  Only the guest's requests count, or those of whoever stands in for
-it at the device's door, and none that the monitor makes.
+set anew.
 """
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 from qmpd.block.accounting import Accounting
 from qmpd.errors import Error
@@ -48,32 +45,15 @@ class TimedAccounting(Accounting):
 
     #: By kind of request.
     histograms: dict[str, Histogram] = field(default_factory=dict)
-    #: Tasks whose requests do not count.
-    _aside: set[asyncio.Task[Any]] = field(default_factory=set)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """For the time of a ``with``, the present task's requests do not count; all others do."""
-        task = asyncio.current_task()
-        assert task is not None, "commands that take time are tasks"
-        self._aside.add(task)
-        try:
-            yield
-        finally:
-            self._aside.discard(task)
 
     def done(self, kind: str, size: int, nanoseconds: int) -> None:
         """Count a request that went well."""
-        if self._aside and asyncio.current_task() in self._aside:
-            return
         super().done(kind, size, nanoseconds)
         if kind in self.histograms:
             self.histograms[kind].count(nanoseconds)
 
     def failed(self, kind: str, nanoseconds: int) -> None:
         """Count a request that the storage refused; it took its time too."""
-        if self._aside and asyncio.current_task() in self._aside:
-            return
         super().failed(kind, nanoseconds)
         if kind in self.histograms:
             self.histograms[kind].count(nanoseconds)

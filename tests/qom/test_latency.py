@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from qmpd.errors import Error
@@ -53,24 +51,6 @@ def test_boundaries_ascend_from_above_zero_or_nothing_changes(
     with pytest.raises(Error, match=f"^Device 'd' set {word} boundaries fail$"):
         accounting.set_histograms("d", common, own)
     assert all(histogram.boundaries == [5] for histogram in accounting.histograms.values())
-
-
-async def test_what_is_done_aside_does_not_count_and_all_else_does() -> None:
-    accounting = TimedAccounting()
-    accounting.set_histograms("d", [10], {})
-
-    async def another() -> None:
-        accounting.done("rd", 512, 1)
-        accounting.failed("rd", 1)
-
-    with accounting.aside():
-        accounting.done("rd", 512, 1)
-        accounting.failed("rd", 1)
-        await asyncio.create_task(another())
-    counter = accounting.counters["rd"]
-    assert (counter.operations, counter.failed, accounting.histograms["rd"].bins) == (1, 1, [2, 0])
-    accounting.done("rd", 512, 1)
-    assert counter.operations == 2
 
 
 def test_a_negative_boundary_is_a_very_large_one() -> None:
