@@ -1,7 +1,9 @@
 """A user of a node from outside the graph: a guest's disk, an export, qemu-io.
 
 A backend is the upper end of an edge called "root".  It takes permissions on
-its node, and requests go through it, so that it can count them.
+its node, and requests go through it, so that it can count them.  A device's
+statistics are about what its guest does: what somebody else does through its
+backend (qemu-io on the monitor) is not `counted`.
 """
 
 from __future__ import annotations
@@ -115,58 +117,56 @@ class Backend:
         """The disk's size in bytes."""
         return self.node.size
 
-    async def pread(self, offset: int, length: int) -> Data:
+    async def pread(self, offset: int, length: int, *, counted: bool = True) -> Data:
         """The `length` bytes at `offset`.
 
         :raise OSError: EIO outside the disk, or what the storage says.
         """
-        return await self._account("rd", length, self.node.pread(offset, length))
+        return await self._run("rd" if counted else None, length, self.node.pread(offset, length))
 
-    async def pwrite(self, offset: int, data: Data) -> None:
+    async def pwrite(self, offset: int, data: Data, *, counted: bool = True) -> None:
         """Write `data` at `offset`; raises as `pread`, and EPERM on a read-only node."""
-        await self._account("wr", len(data), self.node.pwrite(offset, data))
+        await self._run("wr" if counted else None, len(data), self.node.pwrite(offset, data))
 
     async def write_zeroes(
-        self, offset: int, length: int, *, unmap: bool = False, fast: bool = False
+        self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, counted: bool = True
     ) -> None:
         """Make `length` bytes at `offset` read as zeroes; with `unmap` their space may be given back.
 
         With `fast` it fails with EOPNOTSUPP where it would take as long as writing them.
         """
-        await self._account("wr", length, self.node.pwrite_zeroes(offset, length, unmap=unmap, fast=fast))
+        request = self.node.pwrite_zeroes(offset, length, unmap=unmap, fast=fast)
+        await self._run("wr" if counted else None, length, request)
 
-    async def discard(self, offset: int, length: int) -> None:
+    async def discard(self, offset: int, length: int, *, counted: bool = True) -> None:
         """The data in this range is of no more use."""
-        await self._account("unmap", length, self.node.pdiscard(offset, length))
+        await self._run("unmap" if counted else None, length, self.node.pdiscard(offset, length))
 
-    async def flush(self) -> None:
+    async def flush(self, *, counted: bool = True) -> None:
         """What was written before is on stable storage afterwards."""
-        await self._account("flush", 0, self.node.flush())
+        await self._run("flush" if counted else None, 0, self.node.flush())
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         """What is known about the bytes from `offset` on; raises as `pread`."""
-        self._in_flight += 1
-        try:
-            return await self.node.block_status(offset, length)
-        finally:
-            self._end_one()
+        return await self._run(None, 0, self.node.block_status(offset, length))
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         """Change the disk's size to `size` bytes."""
         await self.node.truncate(size, preallocation)
 
-    async def _account(self, kind: str, size: int, request: Coroutine[Any, Any, T]) -> T:
-        """Await a request, and count it."""
+    async def _run(self, kind: str | None, size: int, request: Coroutine[Any, Any, T]) -> T:
+        """Await a request, and count it as one of this kind."""
         self._in_flight += 1
         started = perf_counter_ns()
         try:
             result = await request
-        except BaseException:
-            self.accounting.failed(kind, perf_counter_ns() - started)
-            raise
-        else:
-            self.accounting.done(kind, size, perf_counter_ns() - started)
+            if kind is not None:
+                self.accounting.done(kind, size, perf_counter_ns() - started)
             return result
+        except OSError:
+            if kind is not None:
+                self.accounting.failed(kind, perf_counter_ns() - started)
+            raise
         finally:
             self._end_one()
 

@@ -174,7 +174,7 @@ class QemuIO:
         same = True
         kept: list[bytes] = []
         for at, size in _pieces(offset, length, self._backend.size):
-            data = await self._backend.pread(at, size)
+            data = await self._backend.pread(at, size, counted=False)
             if length <= _PIECE:
                 kept.append(bytes(data))
             if span is not None:
@@ -186,7 +186,7 @@ class QemuIO:
             return
         if "-v" in options:
             for at, size in _pieces(offset, length, self._backend.size):
-                self._dump(kept[0] if kept else await self._backend.pread(at, size), at)
+                self._dump(kept[0] if kept else await self._backend.pread(at, size, counted=False), at)
         self._report("read", options, offset, length, seconds)
 
     async def write(self, arguments: list[str]) -> None:
@@ -237,14 +237,14 @@ class QemuIO:
         if source is None:
             for _ in _pieces(offset, length, self._backend.size):
                 break
-            await self._backend.write_zeroes(offset, length, unmap="-u" in options)
+            await self._backend.write_zeroes(offset, length, unmap="-u" in options, counted=False)
         else:
             for at, size in _pieces(offset, length, self._backend.size):
                 if "-c" in options:
                     raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-                await self._backend.pwrite(at, await source(size))
+                await self._backend.pwrite(at, await source(size), counted=False)
         if "-f" in options:
-            await self._backend.flush()
+            await self._backend.flush(counted=False)
         self._finish("wrote", options, offset, length, time.monotonic() - began)
 
     async def discard(self, arguments: list[str]) -> None:
@@ -256,12 +256,12 @@ class QemuIO:
         began = time.monotonic()
         for _ in _pieces(offset, length, self._backend.size):
             break
-        await self._backend.discard(offset, length)
+        await self._backend.discard(offset, length, counted=False)
         self._finish("discard", options, offset, length, time.monotonic() - began)
 
     async def flush(self, arguments: list[str]) -> None:
         """Bring to stable storage what was written."""
-        await self._backend.flush()
+        await self._backend.flush(counted=False)
 
     async def truncate(self, arguments: list[str]) -> None:
         """Change the size."""
