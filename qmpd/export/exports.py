@@ -84,9 +84,10 @@ class Exports:
             self._server = None
             raise
 
-    async def stop_nbd_server(self) -> None:
+    async def stop_nbd_server(self, *, keep_file: bool = False) -> None:
         """Remove all NBD exports, newest first, then part from all clients.
 
+        :param keep_file: leave a UNIX socket's file behind.
         :raise Error: if there is no server.
         """
         server = self._server
@@ -96,7 +97,7 @@ class Exports:
             await self._remove(export)
         if self._server is server:
             self._server = None
-        await server.close()
+        await server.close(keep_file=keep_file)
 
     @property
     def nbd_server(self) -> NBDServer | None:
@@ -190,6 +191,6 @@ class Exports:
         ]
 
     async def close(self) -> None:
-        """Remove all exports, and the server if there is one."""
+        """Remove all exports, and the server if there is one; its socket's file stays, as QEMU leaves it."""
         if self._server is not None:
-            await self.stop_nbd_server()
+            await self.stop_nbd_server(keep_file=True)

@@ -388,8 +388,16 @@ async def test_a_socket_file_is_its_owners_and_goes_with_the_server(idle: Served
     finally:
         os.umask(before)
     assert idle.socket.stat().st_mode & 0o777 == 0o600
-    await idle.exports.close()
+    await idle.exports.stop_nbd_server()
     assert not idle.socket.exists()
+    await idle.graph.close()
+
+
+async def test_the_socket_file_stays_at_the_end_of_the_daemon(idle: Served) -> None:
+    await idle.start()
+    await idle.exports.close()
+    # As QEMU leaves it; the next server replaces it.
+    assert idle.socket.is_socket()
     await idle.graph.close()
 
 

@@ -238,8 +238,13 @@ class NBDServer:
 
     # -- the end
 
-    async def close(self) -> None:
-        """Let nobody in any more, part from the clients, remove the socket's file."""
+    async def close(self, *, keep_file: bool = False) -> None:
+        """Let nobody in any more, part from the clients, remove the socket's file.
+
+        :param keep_file: leave the file behind, as QEMU does at its exit.
+        """
+        if keep_file:
+            self._made = None
         for task in self._accepting:
             task.cancel()
         if self._accepting:
