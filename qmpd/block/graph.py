@@ -135,7 +135,9 @@ class Graph:
         """
         if reference == parent.name:
             raise Error(f"Making '{parent.name}' a {role} child of '{parent.name}' would create a cycle")
-        child = await self._resolve(reference, parent.node_options)
+        # What is defined inside the same parent is not ready yet, but can be referred to.
+        own = _below(parent).get(reference) if isinstance(reference, str) else None
+        child = own or await self._resolve(reference, parent.node_options)
         try:
             self._link(parent, role, child)
         except BaseException:
@@ -292,7 +294,7 @@ class Graph:
             raise
 
     def _link(self, parent: Node, role: str, child: Node) -> None:
-        perm, shared = parent.child_permissions(role, Permission.nothing(), Permission.everything())
+        perm, shared = _on_child(parent, role, child, Permission.nothing(), Permission.everything())
         edge = self.attach(parent, role, child, perm, shared)
         parent.children[role] = edge
 
@@ -324,8 +326,8 @@ class Graph:
                     raise Error("Block node is read-only")
                 prepared.append(node)
                 node.prepare_permissions(perm, shared)
-                for role, edge in node.children.items():
-                    proposed[edge] = node.child_permissions(role, perm, shared)
+                for edge in node.children.values():
+                    proposed[edge] = _on_child(node, edge.name, edge.child, perm, shared)
         except BaseException:
             for node in reversed(prepared):
                 node.abort_permissions()
@@ -348,6 +350,22 @@ class Graph:
         if self._key_threads is None:
             self._key_threads = ThreadPoolExecutor(KEY_THREADS, "qmpd-key")
         return await asyncio.get_running_loop().run_in_executor(self._key_threads, function, *arguments)
+
+
+def _on_child(
+    parent: Node, role: str, child: Node, perm: Permission, shared: Permission
+) -> tuple[Permission, Permission]:
+    """What `parent` takes and shares on `child`; with `force-share` it shares everything."""
+    perm, shared = parent.child_permissions(role, perm, shared)
+    return perm, Permission.everything() if child.node_options.force_share else shared
+
+
+def _below(node: Node) -> dict[str, Node]:
+    """The nodes below `node` by their names."""
+    found: dict[str, Node] = {}
+    for edge in node.children.values():
+        found |= {edge.child.name: edge.child, **_below(edge.child)}
+    return found
 
 
 def _parents_first(root: Node) -> list[Node]:

@@ -174,3 +174,9 @@ async def test_one_node_in_two_roles_is_checked_once_for_both(graph: Graph) -> N
     assert graph.lookup(None, "n").parents[0].perm == GUEST
     backend.detach()
     assert not graph.lookup(None, "n").parents[0].perm
+
+
+async def test_force_share_shares_everything(graph: Graph) -> None:
+    inner = null("n", **{"read-only": True, "force-share": True})
+    await graph.add(raw("w", inner, size=512))
+    assert graph.lookup(None, "w").children["file"].shared == Permission.everything()

@@ -222,3 +222,15 @@ async def test_resizing_keeps_the_header(graph: Graph, tmp_path: Path) -> None:
     assert bytes(await node.pread(0, 512)) == b"kept" * 128
     await graph.delete("l")
     assert (await open_luks(graph, path)).size == 2 * MEGABYTE
+
+
+async def test_a_header_can_be_a_node_that_is_defined_inside_file(graph: Graph, tmp_path: Path) -> None:
+    path = tmp_path / "d.luks"
+    await make(graph, path)
+    file = {"driver": "file", "filename": str(path), "node-name": "inner"}
+    node = await graph.add(
+        {"driver": "luks", "node-name": "l", "key-secret": "pw", "file": file, "header": "inner"}
+    )
+    assert node.children["header"].child is node.file
+    await graph.delete("l")
+    assert graph._nodes == {}

@@ -5,8 +5,8 @@ wrong, or right at another time; the tables below say what is chosen from.
 ``qmpdiff`` plays it as it plays the files in ``cases/``.  README.md says what it
 does not compare: generated node names, the member order of ``json:`` file
 names, allocated sizes.  Virtual sizes are not compared either: qmpd shows them
-as they are, while QEMU shows what it remembers of a file that has changed
-under another node.
+as they are, while QEMU shows what a node remembers of the one below it, also when
+that has been resized.
 
 Besides a few fixed seeds there is one from the clock, so that every run tries
 something new.  The message of a failure names it; to play that again:
@@ -451,6 +451,9 @@ def add_device(model: str) -> Maker:
             arguments["drive"] = source.choice((*DISK_NODES, *LASTING_NODES))
         if model == "virtio-blk-pci" and "drive" in arguments and arguments.keys() & LATE_PROPERTIES:
             arguments["drive"] = READ_ONLY_NODE
+        if arguments.get("disable-legacy") == "on" and arguments.get("disable-modern") is True:
+            # Refused; but with a drive QEMU never lets go of the node again.
+            arguments.pop("drive", None)
         return [step("device_add", arguments)]
 
     return maker
@@ -644,6 +647,27 @@ def replies(messages: Sequence[Any]) -> list[Any]:
     return [message for message in messages if not qmpdiff.is_event(message)]
 
 
+#: How the refusal of a window ends that does not fit into what it is on.
+DOES_NOT_FIT: Final = "size of the containing file ("
+
+
+def comparable(played: Played) -> int:
+    """Return how many steps can be compared.
+
+    After block_resize of a node those above it have another size in qmpd than
+    QEMU remembers (see the top of this file).  Where a window fits into the one
+    only, the conversation goes on with different nodes.
+    """
+    resized = False
+    for index, each in enumerate(played.case.steps):
+        outcomes = [replies(said[index])[0] for said in (played.reference, played.candidate)]
+        errors = [str(outcome.get("error", {}).get("desc")) for outcome in outcomes]
+        if resized and errors[0] != errors[1] and any(DOES_NOT_FIT in error for error in errors):
+            return index
+        resized |= each["cmd"]["execute"] == "block_resize" and errors[0] == "None"
+    return len(played.case.steps)
+
+
 def deletions(played: Sequence[Sequence[Any]]) -> list[Any]:
     """Return the data of the DEVICE_DELETED events, in their order.
 
@@ -700,15 +724,15 @@ def test_random_conversation_is_the_same(kind: str, seed: int | str, conversatio
         for index, messages in enumerate(said):
             ended = [end for end in messages if qmpdiff.is_end(end)]
             assert not ended, f"{again}: {name} {ended[0]} at {qmpdiff.describe(played.case.steps[index])}"
-    differing = qmpdiff.differing_steps(
-        played.case, [*map(replies, played.reference)], [*map(replies, played.candidate)]
-    )
+    end = comparable(played)
+    reference, candidate = played.reference[:end], played.candidate[:end]
+    differing = qmpdiff.differing_steps(played.case, [*map(replies, reference)], [*map(replies, candidate)])
     report = io.StringIO()
     with contextlib.redirect_stdout(report):
         for found in differing[:3]:
             qmpdiff.print_diff(*found)
     assert not differing, f"{again}: {len(differing)} steps differ, -QEMU +qmpd\n{report.getvalue()}"
-    assert deletions(played.candidate) == deletions(played.reference), again
+    assert deletions(candidate) == deletions(reference), again
 
 
 @pytest.mark.parametrize("kind", KINDS)

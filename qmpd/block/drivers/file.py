@@ -164,7 +164,7 @@ class FileNode(Node):
             self._retired += before
             self._writable = True
         if self._locks is not None:
-            self._locks.prepare(perm, Permission.everything() if self.node_options.force_share else shared)
+            self._locks.prepare(perm, shared)
 
     def commit_permissions(self) -> None:
         """Give back the locks that are no more needed."""
