@@ -22,6 +22,9 @@ from typing import Any, Final, Self
 #: Seconds after which a daemon that does not answer counts as hung.
 PATIENCE: Final = 30.0
 
+#: Seconds from a peer's socket to the first connection.
+PEER_SETTLE: Final = 0.05
+
 #: The checkout that these tests are part of: daemons run its code, wherever they run.
 CHECKOUT: Final = Path(__file__).parent.parent
 
@@ -44,9 +47,9 @@ class Connection:
     :param negotiate: take the greeting and send ``qmp_capabilities``.
     """
 
-    def __init__(self, path: Path, *, negotiate: bool = True) -> None:
+    def __init__(self, path: Path, *, negotiate: bool = True, patience: float = PATIENCE) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(PATIENCE)
+        self.socket.settimeout(patience)
         self.socket.connect(os.fspath(path))
         self._received = b""
         self.events: list[dict[str, Any]] = []
@@ -58,6 +61,7 @@ class Connection:
             while "QMP" in (answer := self.receive()):
                 pass
             assert answer == {"return": {}}, answer
+        self.socket.settimeout(PATIENCE)
 
     def close(self) -> None:
         self.socket.close()
@@ -161,10 +165,21 @@ class RunningDaemon:
             raise
 
     def _first_connection(self) -> Connection:
+        """Connect as soon as it listens.
+
+        qemu-storage-daemon can lose track of a client that comes while it is still
+        starting, so it gets a moment, and another connection if it falls silent.
+        """
         deadline = time.monotonic() + PATIENCE
+        is_peer = tuple(self.command[: len(QMPD)]) != QMPD
         while True:
             try:
-                return self.connect()
+                if is_peer and self.socket.exists():
+                    time.sleep(PEER_SETTLE)
+                return Connection(self.socket, patience=PATIENCE / 6 if is_peer else PATIENCE)
+            except (TimeoutError, EOFError, ConnectionResetError, BrokenPipeError):
+                if not is_peer or time.monotonic() > deadline:
+                    raise
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.process.poll() is not None:
                     raise AssertionError(
