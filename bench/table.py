@@ -74,6 +74,6 @@ def machine(versions: Sequence[str]) -> str:
     found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     processor = found[1] if found else platform.machine()
     return (
-        f"Measured on {processor}, {os.cpu_count()} cores, Linux {platform.release()}, "
+        f"Measured on {processor}, {os.cpu_count()} cores (one of them used), Linux {platform.release()}, "
         f"Python {platform.python_version()}; {', '.join(versions)}."
     )
