@@ -31,6 +31,7 @@ from qmpd.errors import Error
 from qmpd.monitor import peers
 from qmpd.monitor.server import ProtocolFactory
 from qmpd.monitor.stdio import StandardStreams
+from qmpd.sockets import listen_on
 
 _logger = logging.getLogger(__name__)
 
@@ -263,26 +264,10 @@ class SocketChardev(Chardev):
         self._address = f"tcp:{host}:{port}"
 
     def _listen_tcp(self, found: list[Any]) -> None:
-        """Listen on every address that a name has, on the same port."""
-        failure: OSError | None = None
-        for family, _, _, _, address in found:
-            port = self._listeners[0].getsockname()[1] if self._listeners else address[1]
-            listener = socket.socket(family)
-            listener.setblocking(False)
-            try:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                listener.bind((address[0], port, *address[2:]))
-                listener.listen(_BACKLOG)
-            except OSError as error:
-                listener.close()
-                failure = error
-                continue
-            self._listeners.append(listener)
-        if not self._listeners:
-            assert failure is not None
-            raise Error(f"Failed to find an available port: {failure.strerror}")
+        try:
+            self._listeners += listen_on(found, _BACKLOG)
+        except OSError as error:
+            raise Error(f"Failed to find an available port: {error.strerror}") from None
         name = self._listeners[0].getsockname()
         self._address = f"tcp:{name[0]}:{name[1]}"
 

@@ -18,6 +18,7 @@ from qmpd.errors import Error
 from qmpd.export.nbd.connection import Connection
 from qmpd.export.nbd.export import NBDExport
 from qmpd.export.nbd.handshake import Offer
+from qmpd.sockets import listen_on
 
 _logger = logging.getLogger(__name__)
 
@@ -130,26 +131,11 @@ class NBDServer:
             )
         except socket.gaierror as error:
             raise Error(f"address resolution failed for {host}:{port}: {error.args[1]}") from None
-        failure: OSError | None = None
-        for one_family, _, _, _, found_address in found:
-            first = self._listeners[0].getsockname()[1] if self._listeners else found_address[1]
-            listener = socket.socket(one_family)
-            listener.setblocking(False)
-            try:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if one_family == socket.AF_INET6:
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                listener.bind((found_address[0], first, *found_address[2:]))
-                listener.listen(_BACKLOG)
-            except OSError as error:
-                listener.close()
-                failure = error
-                continue
-            self._listeners.append(listener)
-        if not self._listeners:
-            assert failure is not None
-            what = "find an available port" if failure.errno == errno.EADDRINUSE else "bind socket"
-            raise Error(f"Failed to {what}: {failure.strerror}")
+        try:
+            self._listeners += listen_on(found, _BACKLOG)
+        except OSError as error:
+            what = "find an available port" if error.errno == errno.EADDRINUSE else "bind socket"
+            raise Error(f"Failed to {what}: {error.strerror}") from None
 
     async def _listen_vsock(self, address: Mapping[str, Any]) -> None:
         listener = socket.socket(socket.AF_VSOCK)
