@@ -12,8 +12,6 @@ qmpd only has to live through the conversation.
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import io
 import json
 import os
@@ -22,11 +20,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import peers
 import pytest
+from harness import load_qmpdiff
 
 HERE: Final = Path(__file__).parent
 CHECKOUT: Final = HERE.parent.parent
@@ -40,17 +38,6 @@ AT_A_TIME: Final = 2
 PATIENCE: Final = 10
 
 Results = Mapping[str, list[Any]]
-
-
-def load_qmpdiff() -> ModuleType:
-    """Import the script ``qmpdiff``, whose name has no ending."""
-    loader = importlib.machinery.SourceFileLoader("qmpdiff", str(HERE / "qmpdiff"))
-    spec = importlib.util.spec_from_loader("qmpdiff", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["qmpdiff"] = module  # dataclasses look their module up by its name
-    loader.exec_module(module)
-    return module
 
 
 qmpdiff = load_qmpdiff()

@@ -24,8 +24,6 @@ what a comment beside the tables says.
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import io
 import os
 import sys
@@ -35,12 +33,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import ModuleType
 from typing import Any, Final
 
 import peers
 import pytest
 from daemons import CHECKOUT
+from harness import load_qmpdiff
 
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks1 import Write, format_plan
@@ -529,17 +527,6 @@ DEVICE_COMMANDS: Final[Commands] = (
 
 
 # -- playing
-
-
-def load_qmpdiff() -> ModuleType:
-    """Import the script ``qmpdiff``, whose name has no ending."""
-    loader = importlib.machinery.SourceFileLoader("qmpdiff", str(HERE / "qmpdiff"))
-    spec = importlib.util.spec_from_loader("qmpdiff", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["qmpdiff"] = module  # dataclasses look their module up by its name
-    loader.exec_module(module)
-    return module
 
 
 qmpdiff = load_qmpdiff()
