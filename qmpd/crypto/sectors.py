@@ -16,13 +16,19 @@ of all sectors is one ECB call.  When there are few sectors, one CBC context
 runs through all of them, and the first block of each is XORed with what makes
 the running chain equal to that sector's IV.
 
-Scratch memory is a few tiles for each request under way, whatever its size.
+Scratch memory is a few tiles for each request under way, whatever its size,
+and is kept for the next one: making it anew takes longer than a small request.
+
+A call costs as much for one sector as for twenty.  So requests that come
+together can be served together: the sectors in a buffer need not follow each
+other on the volume.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -43,8 +49,8 @@ _ZERO_IV: Final = bytes(_BLOCK)
 #: second-level cache, and for CBC enough sectors to make a step worth its call.
 _XTS_TILE: Final = 64 << 10
 _CBC_TILE: Final = 256 << 10
-#: The scratch memory of requests up to this many bytes is kept for the next one.
-_SMALL: Final = 8 << 10
+#: Scratch memory is kept for the next request of as many sectors, for this many sectors in all.
+_KEPT_SECTORS: Final = 2048
 #: Tweaks made by one multiplication: the blocks of a 512-byte sector.
 _RUN: Final = SECTOR // _BLOCK
 #: `cryptography` wants this many bytes more than it writes.
@@ -76,7 +82,7 @@ _BACK_SHIFTS: Final = _frozen(np.arange(63, 63 - _RUN, -1).astype(_WORD))
 class _Contexts:
     """What one request at a time needs: AES contexts, the running CBC chain, scratch memory."""
 
-    __slots__ = ("cbc", "chain", "decrypt", "encrypt", "essiv", "tile", "tweak")
+    __slots__ = ("cbc", "chain", "decrypt", "encrypt", "essiv", "kept", "tiles", "tweak")
 
     def __init__(self, data_key: memoryview, tweak_key: memoryview | None, essiv_key: bytes | None) -> None:
         def ecb(key: memoryview | bytes) -> Cipher[modes.ECB]:
@@ -95,8 +101,9 @@ class _Contexts:
         #: The last ciphertext block that left `cbc`, as a number.
         self.chain = 0
         self.essiv: CipherContext | None = None if essiv_key is None else ecb(essiv_key).encryptor()
-        #: The tile of the last request, if it was small: the next one is often as long.
-        self.tile: _Tile | None = None
+        #: Tiles by their numbers of sectors, and the sum of these numbers.
+        self.tiles: dict[int, _Tile] = {}
+        self.kept = 0
 
 
 class SectorCipher:
@@ -158,11 +165,30 @@ class SectorCipher:
 
     def encrypt_into(self, data: Buffer, first_sector: int, into: bytearray | memoryview) -> None:
         """Write the ciphertext of `data` to `into`: of the same length, and possibly the same memory."""
-        self._run(data, first_sector, into, encrypting=True)
+        self._run(data, self._first_number(len(data), first_sector), into, encrypting=True)
 
     def decrypt_into(self, data: Buffer, first_sector: int, into: bytearray | memoryview) -> None:
         """Write the plaintext of `data` to `into`: of the same length, and possibly the same memory."""
-        self._run(data, first_sector, into, encrypting=False)
+        self._run(data, self._first_number(len(data), first_sector), into, encrypting=False)
+
+    def encrypt_runs(
+        self, data: Buffer, runs: Sequence[tuple[int, int]], into: bytearray | memoryview
+    ) -> None:
+        """Write to `into` the ciphertext of runs of sectors that stand one after the other in `data`.
+
+        :param data: whole sectors.
+        :param runs: for each run, where it is in the volume, in units of 512 bytes; and its
+            length in bytes.  Together they are as long as `data`.
+        :param into: as of :meth:`encrypt_into`.
+        :raise ValueError: as for :meth:`encrypt`.
+        """
+        self._run(data, self._numbers(runs), into, encrypting=True)
+
+    def decrypt_runs(
+        self, data: Buffer, runs: Sequence[tuple[int, int]], into: bytearray | memoryview
+    ) -> None:
+        """Write to `into` the plaintext of runs of sectors; parameters and errors as of :meth:`encrypt_runs`."""
+        self._run(data, self._numbers(runs), into, encrypting=False)
 
     def close(self) -> None:
         """Wipe the key; requests from now on fail.  May be called again."""
@@ -184,36 +210,66 @@ class SectorCipher:
             return _Contexts(key[:half], key[half:], self._essiv_key)
         return _Contexts(key, None, self._essiv_key)
 
-    def _run(
-        self, data: Buffer, first_sector: int, into: bytearray | memoryview, *, encrypting: bool
-    ) -> None:
-        length = len(data)
-        if len(into) != length:
-            raise ValueError(f"{length} bytes of data for a buffer of {len(into)}")
+    def _first_number(self, length: int, first_sector: int) -> int:
+        """The number of the first IV."""
         if length % self.sector_size or first_sector % (self.sector_size // SECTOR):
             raise ValueError(
                 f"{length} bytes at sector {first_sector} are not whole sectors of {self.sector_size} bytes"
             )
+        return first_sector // self._iv_divisor
+
+    def _numbers(self, runs: Sequence[tuple[int, int]]) -> Words:
+        """The number of every IV."""
+        length = runs[0][1]
+        if all(run[1] == length for run in runs):
+            firsts = np.array([self._first_number(length, first) for first, _ in runs], _WORD)
+            return (firsts[:, None] + self._steps(length)).reshape(-1)
+        return np.concatenate([self._first_number(size, first) + self._steps(size) for first, size in runs])
+
+    def _steps(self, length: int) -> Words:
+        return np.arange(0, length // self.sector_size * self._iv_step, self._iv_step, dtype=_WORD)
+
+    def _run(
+        self, data: Buffer, numbers: int | Words, into: bytearray | memoryview, *, encrypting: bool
+    ) -> None:
+        """Work tile by tile.
+
+        :param numbers: the first IV's number, or those of all.
+        """
+        length = len(data)
+        if len(into) != length:
+            raise ValueError(f"{length} bytes of data for a buffer of {len(into)}")
+        if not isinstance(numbers, int) and numbers.size * self.sector_size != length:
+            raise ValueError(f"{numbers.size} sectors of {self.sector_size} bytes for {length} bytes of data")
         if not length:
             return
         source = np.frombuffer(data, _WORD)
         target = np.frombuffer(into, _WORD)
         contexts = self._contexts()
-        tile = contexts.tile
         words_in_tile = (_XTS_TILE if contexts.tweak is not None else _CBC_TILE) // 8
         words_in_sector = self.sector_size // 8
         for start in range(0, source.size, words_in_tile):
             stop = min(start + words_in_tile, source.size)
-            sectors = (stop - start) // words_in_sector
-            if tile is None or tile.sectors != sectors:
-                kind = _XtsTile if contexts.tweak is not None else _CbcTile
-                tile = kind(contexts, sectors, words_in_sector // 2, self._iv_step, self._iv_mask)
-            number = (first_sector + start // _SECTOR_WORDS) // self._iv_divisor
+            first, end = start // words_in_sector, stop // words_in_sector
+            tile = contexts.tiles.get(end - first) or self._make_tile(contexts, end - first)
+            if isinstance(numbers, int):
+                tile.number_from(numbers + first * self._iv_step)
+            else:
+                tile.number(numbers[first:end])
             run = tile.encrypt if encrypting else tile.decrypt
-            run(source[start:stop].reshape(tile.shape), number, target[start:stop].reshape(tile.shape))
-        contexts.tile = tile if length <= _SMALL else None
+            run(source[start:stop].reshape(tile.shape), target[start:stop].reshape(tile.shape))
         if not self._closed.is_set():
             self._idle.append(contexts)
+
+    def _make_tile(self, contexts: _Contexts, sectors: int) -> _Tile:
+        if contexts.kept + sectors > _KEPT_SECTORS:
+            contexts.tiles.clear()
+            contexts.kept = 0
+        kind = _XtsTile if contexts.tweak is not None else _CbcTile
+        tile = kind(contexts, sectors, self.sector_size // _BLOCK, self._iv_step, self._iv_mask)
+        contexts.tiles[sectors] = tile
+        contexts.kept += sectors
+        return tile
 
 
 def _bytes(array: Words) -> Any:
@@ -254,12 +310,20 @@ class _Tile:
         if contexts.essiv is not None:
             self._essiv_ivs, self._essiv_space = self._cipher_space((sectors, 2))
 
-    def encrypt(self, source: Words, first: int, target: Words) -> None:
-        """Write the ciphertext of `source` to `target`; `first` is the first IV's number."""
+    def number_from(self, first: int) -> None:
+        """The sectors' IVs are those of `first` and of what follows it on the volume."""
+        np.add(self._steps, np.uint64(first), out=self._numbers)
+
+    def number(self, numbers: Words) -> None:
+        """The sectors' IVs are those of `numbers`."""
+        self._numbers[:] = numbers
+
+    def encrypt(self, source: Words, target: Words) -> None:
+        """Write the ciphertext of `source` to `target`."""
         raise NotImplementedError
 
-    def decrypt(self, source: Words, first: int, target: Words) -> None:
-        """Write the plaintext of `source` to `target`; `first` is the first IV's number."""
+    def decrypt(self, source: Words, target: Words) -> None:
+        """Write the plaintext of `source` to `target`."""
         raise NotImplementedError
 
     @staticmethod
@@ -269,9 +333,8 @@ class _Tile:
         space = np.empty(size + _SLACK // 8, _WORD)
         return space[:size].reshape(shape), _bytes(space)
 
-    def _make_ivs(self, first: int) -> tuple[Words, Any]:
+    def _make_ivs(self) -> tuple[Words, Any]:
         """Return the IVs, and the same as bytes."""
-        np.add(self._steps, np.uint64(first), out=self._numbers)
         if self._mask is not None:
             self._numbers &= self._mask
         essiv = self._contexts.essiv
@@ -292,6 +355,8 @@ class _XtsTile(_Tile):
         self._starts = np.empty((sectors, self._runs_in_sector, 2), _WORD)
         self._forward = np.empty((2, runs, _RUN), _WORD)
         self._back = np.empty((2, runs, _RUN), _WORD)
+        self._shifts = np.ascontiguousarray(np.broadcast_to(_SHIFTS, self._forward.shape))
+        self._back_shifts = np.ascontiguousarray(np.broadcast_to(_BACK_SHIFTS, self._back.shape))
         self._shifted = np.empty((runs, _RUN), _WORD)
         powers = np.empty((runs, _RUN, 2), _WORD)
         self._low_powers, self._high_powers = powers[:, :, 0], powers[:, :, 1]
@@ -300,34 +365,37 @@ class _XtsTile(_Tile):
         self._masked_bytes = _bytes(self._masked)
         self._result, self._result_space = self._cipher_space(self.shape)
 
-    def encrypt(self, source: Words, first: int, target: Words) -> None:
-        self._run(self._contexts.encrypt, source, first, target)
+    def encrypt(self, source: Words, target: Words) -> None:
+        self._run(self._contexts.encrypt, source, target)
 
-    def decrypt(self, source: Words, first: int, target: Words) -> None:
-        self._run(self._contexts.decrypt, source, first, target)
+    def decrypt(self, source: Words, target: Words) -> None:
+        self._run(self._contexts.decrypt, source, target)
 
-    def _run(self, aes: CipherContext, source: Words, first: int, target: Words) -> None:
-        self._make_tweaks(first)
+    def _run(self, aes: CipherContext, source: Words, target: Words) -> None:
+        self._make_tweaks()
         np.bitwise_xor(source, self._tweaks, out=self._masked)
         aes.update_into(self._masked_bytes, self._result_space)
         np.bitwise_xor(self._result, self._tweaks, out=target)
 
-    def _make_tweaks(self, first: int) -> None:
+    def _make_tweaks(self) -> None:
         """Fill ``self._tweaks``."""
         tweak = self._contexts.tweak
         assert tweak is not None
-        tweak.update_into(self._make_ivs(first)[1], self._first_space)
+        tweak.update_into(self._make_ivs()[1], self._first_space)
         powers_of_zero = self._first
         if self._runs_in_sector > 1:
             self._starts[:, 0] = self._first
             for run in range(1, self._runs_in_sector):
                 self._starts[:, run] = _times_x32(self._starts[:, run - 1])
             powers_of_zero = self._starts.reshape(-1, 2)
-        # Both halves of every tweak at once, moved left by 0 ... 31; and the other half moved
-        # right, which is what comes over from the low half, or out at the top of the high half.
+        # Both halves of every tweak, moved left by 0 ... 31; and the other half moved right,
+        # which is what comes over from the low half, or out at the top of the high half.
+        # Spread first and shifted in place: numpy is fastest where everything is contiguous.
         halves = powers_of_zero.T[:, :, None]
-        np.left_shift(halves, _SHIFTS, out=self._forward)
-        np.right_shift(halves[::-1] >> _ONE, _BACK_SHIFTS, out=self._back)
+        np.copyto(self._forward, halves)
+        np.left_shift(self._forward, self._shifts, out=self._forward)
+        np.copyto(self._back, halves[::-1] >> _ONE)
+        np.right_shift(self._back, self._back_shifts, out=self._back)
         low, high = self._forward
         over, carry = self._back
         np.bitwise_or(high, carry, out=self._high_powers)
@@ -342,27 +410,27 @@ class _XtsTile(_Tile):
 
 
 class _CbcTile(_Tile):
-    def decrypt(self, source: Words, first: int, target: Words) -> None:
+    def decrypt(self, source: Words, target: Words) -> None:
         plain, space = self._cipher_space(self.shape)
         self._contexts.decrypt.update_into(_bytes(source), space)
-        plain[:, 0] ^= self._make_ivs(first)[0]
+        plain[:, 0] ^= self._make_ivs()[0]
         plain[:, 1:] ^= source[:, :-1]
         target[...] = plain
 
-    def encrypt(self, source: Words, first: int, target: Words) -> None:
+    def encrypt(self, source: Words, target: Words) -> None:
         if self.sectors < _ACROSS:
-            self._encrypt_along(source, first, target)
+            self._encrypt_along(source, target)
         else:
-            self._encrypt_across(source, first, target)
+            self._encrypt_across(source, target)
 
-    def _encrypt_across(self, source: Words, first: int, target: Words) -> None:
+    def _encrypt_across(self, source: Words, target: Words) -> None:
         """Step k of all sectors is one ECB call."""
         sectors, blocks, _ = self.shape
         steps = source.transpose(1, 0, 2).copy()
         results, space = self._cipher_space((blocks, sectors, 2))
         step_bytes = _bytes(steps)
         row = sectors * _BLOCK
-        chain = self._make_ivs(first)[0]
+        chain = self._make_ivs()[0]
         update_into = self._contexts.encrypt.update_into
         for step in range(blocks):
             np.bitwise_xor(steps[step], chain, out=steps[step])
@@ -372,13 +440,13 @@ class _CbcTile(_Tile):
             chain = results[step]
         target[...] = results.transpose(1, 0, 2)
 
-    def _encrypt_along(self, source: Words, first: int, target: Words) -> None:
+    def _encrypt_along(self, source: Words, target: Words) -> None:
         """One CBC context runs through all the sectors."""
         context = self._contexts.cbc
         assert context is not None
         size = source.nbytes // self.sectors
         number = int.from_bytes
-        ivs = self._make_ivs(first)[1]
+        ivs = self._make_ivs()[1]
         data: Any = memoryview(bytearray(_bytes(source)))
         results, space = self._cipher_space(self.shape)
         chain = self._contexts.chain
