@@ -8,6 +8,7 @@ is always a multiple of 512: a file's odd tail reads as zeroes.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -96,6 +97,7 @@ class Node(ABC):
         #: The end of the highest write so far, in bytes.
         self.write_highest_offset = 0
         self._writes = TrackedWrites()
+        self._resizing = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -341,7 +343,9 @@ class Node(ABC):
         """
         if self.read_only:
             raise Error("Image is read-only")
-        await self._truncate(size, preallocation)
+        # Two at a time could leave the node with one size and its storage with the other.
+        async with self._resizing:
+            await self._truncate(size, preallocation)
 
     def _check_writable(self) -> None:
         if self.read_only:

@@ -53,7 +53,9 @@ async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
     if arguments["size"] < 0:
         raise Error("Parameter 'size' expects a >0 size")
     with Backend(parts.graph, perm=Permission.RESIZE).use(node) as backend:
-        await backend.truncate(arguments["size"])
+        # What is below changes its size as well, and may have other users.
+        async with parts.graph.drained(*parts.graph.subtree(node)):
+            await backend.truncate(arguments["size"])
     return {}
 
 
