@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpd.block.accounting import Accounting
 from qmpd.block.edge import Edge
-from qmpd.block.node import BlockStatus, Data, Node, errno_error
+from qmpd.block.node import BlockStatus, Data, Extent, Node, errno_error
 from qmpd.block.permissions import Permission
 
 if TYPE_CHECKING:
@@ -144,6 +144,30 @@ class Backend:
         started = await self._turn() if self._queues else perf_counter_ns()
         request = self.node.pwrite(offset, data)
         await self._run("wr" if counted else None, len(data), request, started)
+
+    def read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
+        """Serve those of several reads that need no waiting, see :meth:`qmpd.block.node.Node.read_cached`."""
+        if self._queues:
+            return [False] * len(requests)
+        started = perf_counter_ns()
+        served = self.node.read_cached(requests, into)
+        took = perf_counter_ns() - started
+        for (_, length), done in zip(requests, served, strict=True):
+            if done:
+                self.accounting.done("rd", length, took)
+        return served
+
+    async def pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
+        """Write several things, see :meth:`qmpd.block.node.Node.pwrite_many`."""
+        started = await self._turn() if self._queues else perf_counter_ns()
+        outcomes = await self._run(None, 0, self.node.pwrite_many(writes), started)
+        took = perf_counter_ns() - started
+        for (_, data), failure in zip(writes, outcomes, strict=True):
+            if failure is None:
+                self.accounting.done("wr", len(data), took)
+            else:
+                self.accounting.failed("wr", took)
+        return outcomes
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, counted: bool = True

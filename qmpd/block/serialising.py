@@ -10,8 +10,8 @@ later and overlaps it waits in turn.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 
 class _Request:
@@ -29,6 +29,25 @@ class TrackedWrites:
 
     def __init__(self) -> None:
         self._requests: list[_Request] = []
+
+    @property
+    def any_serialising(self) -> bool:
+        """Whether any of them reads before it writes."""
+        return any(request.serialising for request in self._requests)
+
+    @contextmanager
+    def hold(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Hold several ranges of bytes, (start, end), while the body runs.
+
+        Nobody is waited for: to be used while there is none that reads before it writes.
+        """
+        requests = [_Request(start, end, serialising=False) for start, end in ranges]
+        self._requests += requests
+        try:
+            yield
+        finally:
+            for request in requests:
+                self._end(request)
 
     @asynccontextmanager
     async def track(self, start: int, end: int, *, serialising: bool) -> AsyncIterator[None]:
@@ -49,6 +68,9 @@ class TrackedWrites:
                     await asyncio.shield(other.done)
             yield
         finally:
-            self._requests.remove(request)
-            if request.done is not None and not request.done.done():
-                request.done.set_result(None)
+            self._end(request)
+
+    def _end(self, request: _Request) -> None:
+        self._requests.remove(request)
+        if request.done is not None and not request.done.done():
+            request.done.set_result(None)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 
 from qmpd.cli.daemonize import Daemonization, PidFile
+from qmpd.cli.memory import keep_freed_memory
 from qmpd.cli.options import Option
 from qmpd.cli.start import Start
 from qmpd.cli.systemd import Notifier, PassedSocket
@@ -48,6 +49,7 @@ def serve(
     logging.basicConfig(level=log_level.upper(), format="qmpd: %(levelname)s: %(message)s", stream=sys.stderr)
     # Python ignores it too, unless whoever started us had other ideas.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
         runner.run(_live(found, pid_file, sockets, notifier, background))
 

@@ -187,7 +187,7 @@ class SectorCipher:
     def decrypt_runs(
         self, data: Buffer, runs: Sequence[tuple[int, int]], into: bytearray | memoryview
     ) -> None:
-        """Write to `into` the plaintext of runs of sectors; parameters and errors as of :meth:`encrypt_runs`."""
+        """Write to `into` the plaintext of runs of sectors, as :meth:`encrypt_runs` the ciphertext."""
         self._run(data, self._numbers(runs), into, encrypting=False)
 
     def close(self) -> None:

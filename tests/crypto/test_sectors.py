@@ -198,3 +198,30 @@ def test_a_closed_cipher_has_forgotten_its_key() -> None:
 
 def test_a_repr_shows_no_key() -> None:
     assert repr(SectorCipher(SPECS[0], b"\x5a" * 32)) == "<SectorCipher aes-128 xts-plain64>"
+
+
+@pytest.mark.parametrize("name", ["xts", "cbc"])
+@pytest.mark.parametrize("lengths", [[4096] * 5, [512, 4096, 1024], [65536, 512, 70144]])
+def test_runs_of_sectors_are_ciphered_as_each_by_itself(name: str, lengths: list[int]) -> None:
+    spec = CipherSpec("aes-256", name, *(("plain64",) if name == "xts" else ("essiv", "sha256")))
+    key = bytes(range(spec.key_bytes))
+    cipher = SectorCipher(spec, key)
+    firsts = [900, 3, 1 << 40][: len(lengths)] + [77] * (len(lengths) - 3)
+    data = bytes(number * 7 % 251 for number in range(sum(lengths)))
+    expected = b""
+    start = 0
+    for first, length in zip(firsts, lengths, strict=True):
+        expected += bytes(cipher.encrypt(data[start : start + length], first))
+        start += length
+    runs = list(zip(firsts, lengths, strict=True))
+    into = bytearray(len(data))
+    cipher.encrypt_runs(data, runs, into)
+    assert into == expected
+    cipher.decrypt_runs(into, runs, into)
+    assert into == data
+
+
+def test_runs_must_be_as_long_as_the_data() -> None:
+    cipher = SectorCipher(CipherSpec("aes-256", "xts", "plain64"), bytes(range(64)))
+    with pytest.raises(ValueError, match="2 sectors of 512 bytes for 1536 bytes of data"):
+        cipher.encrypt_runs(bytes(1536), [(0, 512), (9, 512)], bytearray(1536))

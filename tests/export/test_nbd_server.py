@@ -317,7 +317,7 @@ async def test_the_storages_errors_are_told(served: Served, monkeypatch: pytest.
     async def fail(*_: Any) -> None:
         raise next(failures)
 
-    monkeypatch.setattr(node, "_pwrite", fail)
+    monkeypatch.setattr(node, "_pwrite_many", fail)
 
     def client() -> list[int]:
         with served.taken("f", structured=True) as wire:

@@ -13,12 +13,13 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qmpd.block import allocation, creation
+from qmpd.block.buffers import unset
 from qmpd.block.file_locks import ImageLocks
-from qmpd.block.node import SECTOR, BlockStatus, Node, NotSupported
+from qmpd.block.node import SECTOR, BlockStatus, Data, Extent, Node, NotSupported
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
@@ -38,8 +39,8 @@ _PIECE = 1 << 20
 #: Writes of at most this many bytes share a thread.
 _SMALL = 32 << 10
 
-#: Data, offset, and who waits for it.
-_SmallWrite: TypeAlias = "tuple[memoryview, int, asyncio.Future[None]]"
+#: Offset and data of each, and who waits for what becomes of them.
+_WaitingWrites: TypeAlias = "tuple[Sequence[tuple[int, Data]], asyncio.Future[list[OSError | None]]]"
 
 
 def open_regular(filename: str, flags: int) -> int:
@@ -107,7 +108,7 @@ class FileNode(Node):
         self._writable = False
         self._locks: ImageLocks | None = None
         self._size = 0
-        self._small_writes: list[_SmallWrite] = []
+        self._waiting_writes: list[_WaitingWrites] = []
         self._writer: asyncio.Task[None] | None = None
         self._discards_done = 0
         self._discards_failed = 0
@@ -220,7 +221,7 @@ class FileNode(Node):
     async def _pread(self, offset: int, length: int) -> memoryview:
         if self._direct_descriptor >= 0 and offset % PAGE == 0 and length % PAGE == 0 and length:
             return await self.graph.in_io_thread(self._read_direct, offset, length)
-        buffer = memoryview(bytearray(length))
+        buffer = unset(length)
         try:
             done = os.preadv(self._descriptor, [buffer], offset, os.RWF_NOWAIT)
         except OSError as error:
@@ -232,10 +233,11 @@ class FileNode(Node):
         return buffer
 
     def _read(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer`; behind the end of the file it stays as it is, zeroes."""
+        """Fill `buffer`, with zeroes behind the end of the file."""
         while buffer:
             done = os.preadv(self._descriptor, [buffer], offset)
             if not done:
+                buffer[:] = bytes(len(buffer))
                 return
             buffer, offset = buffer[done:], offset + done
 
@@ -246,55 +248,80 @@ class FileNode(Node):
             self._read(buffer[done:], offset + done)
         return buffer
 
+    def _read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
+        if self._direct_descriptor >= 0:
+            return [False] * len(requests)
+        preadv, descriptor, nowait = os.preadv, self._descriptor, os.RWF_NOWAIT
+        served = []
+        start = 0
+        for offset, length in requests:
+            end = start + length
+            try:
+                served.append(preadv(descriptor, [into[start:end]], offset, nowait) == length)
+            except OSError:
+                served.append(False)
+            start = end
+        return served
+
     async def _pwrite(self, offset: int, data: memoryview) -> None:
         if len(data) > _SMALL:
             await self.graph.in_io_thread(self._write, data, offset)
-        else:
-            # Handing something to a thread costs more than a small write does: all that come in
-            # one turn of the loop, or while a thread is busy with others, go there together.
-            done = asyncio.get_running_loop().create_future()
-            self._small_writes.append((data, offset, done))
-            if self._writer is None:
-                self._writer = asyncio.create_task(self._write_small())
-            await done
-        self._size = max(self._size, offset + len(data))
+            self._size = max(self._size, offset + len(data))
+            return
+        for failure in await self._pwrite_many([(offset, data)]):
+            if failure is not None:
+                raise failure
 
-    async def _write_small(self) -> None:
-        while self._small_writes:
-            writes, self._small_writes = self._small_writes, []
-            try:
-                failures = await self.graph.in_io_thread(self._write_all, writes)
-            except BaseException as error:
-                failures = [error] * len(writes)
-            for (_, _, done), failure in zip(writes, failures, strict=True):
-                if done.done():
-                    continue  # Nobody waits for it any more.
-                if failure is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(failure)
-        self._writer = None
-
-    def _write_all(self, writes: list[_SmallWrite]) -> list[BaseException | None]:
-        """What became of each write; one that fails does not concern the others."""
-        failures: list[BaseException | None] = []
-        for data, offset, _ in writes:
-            try:
-                self._write(data, offset)
-                failures.append(None)
-            except OSError as error:
-                failures.append(error)
+    async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
+        # Handing something to a thread costs more than a small write does: all that come in
+        # one turn of the loop, or while a thread is busy with others, go there together.
+        done: asyncio.Future[list[OSError | None]] = asyncio.get_running_loop().create_future()
+        self._waiting_writes.append((writes, done))
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write_waiting())
+        failures = await done
+        for (offset, data), failure in zip(writes, failures, strict=True):
+            if failure is None and offset + len(data) > self._size:
+                self._size = offset + len(data)
         return failures
 
-    def _write(self, data: memoryview, offset: int) -> None:
+    async def _write_waiting(self) -> None:
+        while self._waiting_writes:
+            groups, self._waiting_writes = self._waiting_writes, []
+            try:
+                outcomes = await self.graph.in_io_thread(self._write_all, [writes for writes, _ in groups])
+            except BaseException as error:
+                for _, done in groups:
+                    if not done.done():
+                        done.set_exception(error)
+                continue
+            for (_, done), failures in zip(groups, outcomes, strict=True):
+                if not done.done():  # Else nobody waits for it any more.
+                    done.set_result(failures)
+        self._writer = None
+
+    def _write_all(self, groups: Iterable[Sequence[tuple[int, Data]]]) -> list[list[OSError | None]]:
+        """What became of each write; one that fails does not concern the others."""
+        return [[self._outcome(offset, data) for offset, data in writes] for writes in groups]
+
+    def _outcome(self, offset: int, data: Data) -> OSError | None:
+        try:
+            self._write(data, offset)
+        except OSError as error:
+            return error
+        return None
+
+    def _write(self, data: Data, offset: int) -> None:
         if self._direct_descriptor >= 0 and offset % PAGE == 0 and len(data) % PAGE == 0:
             with mmap.mmap(-1, len(data)) as aligned:
                 aligned[:] = data
                 done = os.pwrite(self._direct_descriptor, aligned, offset)
-            data, offset = data[done:], offset + done
+            data, offset = memoryview(data)[done:], offset + done
         while data:
             done = os.pwrite(self._descriptor, data, offset)
-            data, offset = data[done:], offset + done
+            if done == len(data):
+                return
+            data, offset = memoryview(data)[done:], offset + done
 
     async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         mode = allocation.PUNCH_HOLE | allocation.KEEP_SIZE if unmap else allocation.ZERO_RANGE

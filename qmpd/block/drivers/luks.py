@@ -13,12 +13,13 @@ Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from qmpd.block import creation
-from qmpd.block.node import SECTOR, Data, Node
+from qmpd.block.buffers import unset
+from qmpd.block.node import SECTOR, Data, Extent, Node
 from qmpd.block.permissions import Permission
 from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
@@ -178,13 +179,35 @@ class LuksNode(Node):
         if length <= TILE:
             data = await self.file.pread(self._payload_offset + offset, length)
             return self._active_cipher.decrypt(data, offset // SECTOR)
-        plain = memoryview(bytearray(length))
+        plain = unset(length)
         for start in range(0, length, TILE):
             tile = plain[start : start + TILE]
             data = await self.file.pread(self._payload_offset + offset + start, len(tile))
             self._active_cipher.decrypt_into(data, (offset + start) // SECTOR, tile)
             await asyncio.sleep(0)
         return plain
+
+    def _read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
+        payload = self._payload_offset
+        served = self.file.read_cached([(payload + offset, length) for offset, length in requests], into)
+        if True in served:
+            runs = [(offset // SECTOR, length) for offset, length in requests]
+            self._active_cipher.decrypt_runs(into, runs, into)
+        return served
+
+    async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
+        if sum(len(data) for _, data in writes) > TILE:
+            return await super()._pwrite_many(writes)
+        joined = bytearray().join([data for _, data in writes])
+        self._active_cipher.encrypt_runs(
+            joined, [(offset // SECTOR, len(data)) for offset, data in writes], joined
+        )
+        rest = memoryview(joined)
+        encrypted: list[tuple[int, Data]] = []
+        for offset, data in writes:
+            encrypted.append((self._payload_offset + offset, rest[: len(data)]))
+            rest = rest[len(data) :]
+        return await self.file.pwrite_many(encrypted)
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
         for start in range(0, len(data), TILE):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
-from qmpd.block.node import SECTOR, BlockStatus, Data, Node, NotSupported
+from qmpd.block.node import SECTOR, BlockStatus, Data, Extent, Node, NotSupported
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
 
@@ -58,6 +59,13 @@ class RawNode(Node):
             return await self.file.pread(start, length)
         # An odd offset leaves an odd end; the rest of the last sector reads as zeroes.
         return bytes(await self.file.pread(start, max(available, 0))).ljust(length, b"\0")
+
+    def _read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
+        # The child refuses what reaches into an odd end.
+        return self.file.read_cached([(self._offset + offset, length) for offset, length in requests], into)
+
+    async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
+        return await self.file.pwrite_many([(self._offset + offset, data) for offset, data in writes])
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
         await self.file.pwrite(self._offset + offset, data)

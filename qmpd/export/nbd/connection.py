@@ -28,6 +28,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, cast
 
+from qmpd.block.buffers import unset
 from qmpd.block.node import BlockStatus, Data
 from qmpd.export import eager
 from qmpd.export.nbd import wire
@@ -57,6 +58,10 @@ _OUTPUT_HIGH: Final = 1 << 20
 _PIECE: Final = 1 << 20
 #: Bytes received at once during the handshake; idle clients cost no more.
 _HANDSHAKE_BUFFER: Final = 4096
+#: Reads up to this many bytes in all are served together.
+_BATCH: Final = 256 << 10
+#: Writes up to this many bytes each, too.
+_SMALL_WRITE: Final = 32 << 10
 #: The most extents in one reply.
 _MAX_EXTENTS: Final = 2048
 #: The most buffers in one writev(2), well under IOV_MAX.
@@ -95,6 +100,9 @@ class Connection(asyncio.BufferedProtocol):
         self._export: NBDExport | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes = 0
+        #: Small reads, or small writes, that are to be begun together.
+        self._batch: list[Request] = []
+        self._batch_size = 0
         self._scheduled = False
         self._in_turn = False
         self._writing_paused = False
@@ -258,6 +266,8 @@ class Connection(asyncio.BufferedProtocol):
                     self._ending = True
                     break
                 self._begin(request)
+                if len(self._batch) + len(self._tasks) >= MAX_REQUESTS:
+                    self._serve_batch()
                 if self._output_size > _OUTPUT_HIGH:
                     self._flush()
         except TooLong as error:
@@ -268,6 +278,7 @@ class Connection(asyncio.BufferedProtocol):
             _logger.debug("NBD client disconnected: %s", problem)
             self._ending = True
         finally:
+            self._serve_batch()
             self._in_turn = False
         self._flush()
         self._adjust()
@@ -309,7 +320,76 @@ class Connection(asyncio.BufferedProtocol):
         except RequestError as refusal:
             self._put(self._dialect.error(request, refusal.number, str(refusal)))
             return
+        length = request.length
+        if (
+            length <= _BATCH
+            and length
+            and (
+                request.command == wire.CMD_READ
+                or (
+                    request.command == wire.CMD_WRITE
+                    and length <= _SMALL_WRITE
+                    and not request.flags & wire.CMD_FLAG_FUA
+                    and not export.writethrough
+                )
+            )
+        ):
+            batch = self._batch
+            if batch and (batch[0].command != request.command or self._batch_size + length > _BATCH):
+                self._serve_batch()
+                batch = self._batch
+            batch.append(request)
+            self._batch_size += length
+            return
+        self._serve_batch()
         eager.begin(self._serve(request), self._keep)
+
+    def _serve_batch(self) -> None:
+        """Begin the small reads, or writes, that came one after the other: together they cost less."""
+        batch = self._batch
+        if not batch:
+            return
+        self._batch = []
+        size, self._batch_size = self._batch_size, 0
+        if batch[0].command == wire.CMD_WRITE:
+            eager.begin(self._write_batch(batch, size), self._keep)
+            return
+        data = unset(size)
+        served = self._used.backend.read_cached([(request.offset, request.length) for request in batch], data)
+        header = self._dialect.data
+        start = 0
+        for request, done in zip(batch, served, strict=True):
+            end = start + request.length
+            if done:
+                self._put(header(request, request.offset, request.length), data[start:end])
+            else:
+                eager.begin(self._serve(request), self._keep)
+            start = end
+
+    async def _write_batch(self, batch: list[Request], size: int) -> None:
+        self._bytes += size
+        try:
+            outcomes = await self._used.backend.pwrite_many(
+                [(request.offset, request.payload) for request in batch]
+            )
+            for request, failure in zip(batch, outcomes, strict=True):
+                self._put(
+                    self._dialect.success(request) if failure is None else self._failure(request, failure)
+                )
+        except Exception as error:
+            for request in batch:
+                self._put(self._failure(request, error))
+        finally:
+            self._bytes -= size
+
+    def _failure(self, request: Request, error: Exception) -> bytes:
+        """The reply to a request that failed."""
+        if isinstance(error, OSError):
+            number = wire.ERRORS.get(error.errno or 0, wire.EIO)
+        else:
+            _logger.error("an NBD request failed: %r", request[:5], exc_info=error)
+            number = wire.EIO
+        return self._dialect.error(request, number, _FAILURES[request.command])
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
@@ -330,12 +410,8 @@ class Connection(asyncio.BufferedProtocol):
             await _SERVERS[request.command](self, request)
         except _Gone:
             pass
-        except OSError as error:
-            number = wire.ERRORS.get(error.errno or 0, wire.EIO)
-            self._put(self._dialect.error(request, number, _FAILURES[request.command]))
-        except Exception:
-            _logger.exception("an NBD request failed: %r", request[:5])
-            self._put(self._dialect.error(request, wire.EIO, _FAILURES[request.command]))
+        except Exception as error:
+            self._put(self._failure(request, error))
         finally:
             self._bytes -= size
 
