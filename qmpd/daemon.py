@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final, TextIO
 
 from qmpd import __version__
+from qmpd.block.cipher_pool import CipherPool
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.commands import block_export, table
@@ -39,12 +40,23 @@ class Daemon:
     :param stdout: where qemu-io's output goes; by default the process's.
     :param announce: is told what a person who starts the daemon should know; by
         default it goes to the process's standard error output.
+    :param cipher_processes: how many processes cipher long requests beside this one.
     """
 
-    def __init__(self, *, stdout: TextIO | None = None, announce: Announce | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        stdout: TextIO | None = None,
+        announce: Announce | None = None,
+        cipher_processes: int = 0,
+    ) -> None:
         self.schema = load(schema_directory())
         self._objects = ObjectTree(self.schema)
-        self._graph = Graph(DRIVERS, secrets=self._objects.secret_bytes)
+        self._graph = Graph(
+            DRIVERS,
+            secrets=self._objects.secret_bytes,
+            cipher_pool=CipherPool(cipher_processes) if cipher_processes else None,
+        )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit)
         self._exports = Exports(self._graph, self._emit)

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from qmpd.block.backend import Backend
+from qmpd.block.cipher_pool import CipherPool
 from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
@@ -68,12 +69,20 @@ class Graph:
     :param drivers: the driver classes by their QAPI names.
     :param secrets: gives a copy of the passphrase of a secret's id at the moment of
         use, for the user to wipe; raises Error if there is none.
+    :param cipher_pool: other processes that cipher long requests; by default this one does it all.
     """
 
-    def __init__(self, drivers: Mapping[str, type[Node]], *, secrets: Callable[[str], bytearray]) -> None:
+    def __init__(
+        self,
+        drivers: Mapping[str, type[Node]],
+        *,
+        secrets: Callable[[str], bytearray],
+        cipher_pool: CipherPool | None = None,
+    ) -> None:
         self._drivers = drivers
         self._known_drivers: dict[str, type[Node]] = {}
         self.secrets = secrets
+        self.cipher_pool = cipher_pool
         #: Every node by its name, the ones under construction included, oldest first.
         self._nodes: dict[str, Node] = {}
         self.backends: list[Backend] = []
@@ -280,6 +289,8 @@ class Graph:
             for node in list(reversed(self._nodes.values())):
                 if not node.parents and node.name in self._nodes:
                     await self._dispose(node)
+        if self.cipher_pool is not None:
+            await self.cipher_pool.close()
         for threads in (self._io_threads, self._key_threads):
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)

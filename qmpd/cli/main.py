@@ -79,6 +79,9 @@ What the daemon starts with:
 The process:
   --pidfile PATH           write the process id to PATH; removed on exit
   --daemonize              go to the background once everything is ready
+  --cipher-processes N     processes that cipher long requests beside the
+                           daemon: a number, or auto (default) for one less
+                           than there are processors, and at most 4
   --log LEVEL              error, warning (default), info or debug
   --loop LOOP              auto (default), uvloop or asyncio
   -T, --trace VALUE        accepted; there are no trace events
@@ -165,10 +168,12 @@ class Settings:
     pid_file: str | None = None
     log_level: str = "warning"
     loop: str = "auto"
+    cipher_processes: int | None = None
     daemonize: bool = False
 
 
 _LOG_LEVELS: Final = ("error", "warning", "info", "debug")
+_MOST_PROCESSES: Final = 64
 _LOOPS: Final = ("auto", "uvloop", "asyncio")
 
 
@@ -185,7 +190,17 @@ def _settings(found: Sequence[Option]) -> Settings:
                     settings.log_level = _one_of(_LOG_LEVELS, option.value)
                 case "loop":
                     settings.loop = _one_of(_LOOPS, option.value)
+                case "cipher-processes":
+                    settings.cipher_processes = _number_or_auto(option.value)
     return settings
+
+
+def _number_or_auto(value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not (value.isdecimal() and value.isascii() and int(value) <= _MOST_PROCESSES):
+        raise Error(f"'{value}' is neither auto nor a number up to {_MOST_PROCESSES}")
+    return int(value)
 
 
 def _one_of(choice: Sequence[str], value: str) -> str:
@@ -215,6 +230,7 @@ def _run_daemon(found: Sequence[Option]) -> int:
         pid_file=settings.pid_file,
         log_level=settings.log_level,
         loop=settings.loop,
+        cipher_processes=settings.cipher_processes,
         sockets=sockets,
         notifier=Notifier(os.environ),
         background=background,

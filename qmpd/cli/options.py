@@ -91,6 +91,7 @@ STORAGE_DAEMON_OPTIONS: Final[Mapping[str, bool]] = {
 
 #: What qmpd has besides.
 OWN_OPTIONS: Final[Mapping[str, bool]] = {
+    "cipher-processes": True,
     "device": True,
     "device-exports": True,
     "log": True,

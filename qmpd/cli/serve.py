@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 
+from qmpd.block.cipher_pool import processes_for_this_machine
 from qmpd.cli.daemonize import Daemonization, PidFile
 from qmpd.cli.memory import keep_freed_memory
 from qmpd.cli.options import Option
@@ -30,6 +31,7 @@ def serve(
     pid_file: str | None,
     log_level: str,
     loop: str,
+    cipher_processes: int | None,
     sockets: Sequence[PassedSocket],
     notifier: Notifier,
     background: Daemonization | None,
@@ -40,6 +42,8 @@ def serve(
     :param pid_file: where to write the process id once everything is ready; None for nowhere.
     :param log_level: the least that is logged: error, warning, info or debug.
     :param loop: the event loop: auto, uvloop or asyncio.
+    :param cipher_processes: how many processes cipher long requests beside this one; None for as
+        many as suit the machine.
     :param sockets: passed by systemd, to be served too.
     :param notifier: told when the daemon is ready and when it stops.
     :param background: completed when the daemon is ready; None in the foreground.
@@ -51,7 +55,9 @@ def serve(
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     keep_freed_memory()
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
-        runner.run(_live(found, pid_file, sockets, notifier, background))
+        if cipher_processes is None:
+            cipher_processes = processes_for_this_machine()
+        runner.run(_live(found, pid_file, cipher_processes, sockets, notifier, background))
 
 
 def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -74,11 +80,12 @@ def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
 async def _live(
     found: Sequence[Option],
     pid_path: str | None,
+    cipher_processes: int,
     sockets: Sequence[PassedSocket],
     notifier: Notifier,
     background: Daemonization | None,
 ) -> None:
-    daemon = Daemon()
+    daemon = Daemon(cipher_processes=cipher_processes)
     ending = _Ending(daemon)
     pid_file: PidFile | None = None
     try:

@@ -190,6 +190,20 @@ class SectorCipher:
         """Write to `into` the plaintext of runs of sectors, as :meth:`encrypt_runs` the ciphertext."""
         self._run(data, self._numbers(runs), into, encrypting=False)
 
+    @property
+    def iv_unit(self) -> int:
+        """Bytes that the IV's number counts."""
+        return self._iv_divisor * SECTOR
+
+    def copy_key(self) -> bytearray:
+        """A copy of the volume key, for the caller to wipe.
+
+        :raise ValueError: if the cipher was closed.
+        """
+        if self._closed.is_set():
+            raise ValueError("the cipher is closed")
+        return bytearray(self._key)
+
     def close(self) -> None:
         """Wipe the key; requests from now on fail.  May be called again."""
         self._closed.set()

@@ -113,6 +113,8 @@ WRONG = [
     ),
     (["--log", "loud"], "--log loud: 'loud' is none of error, warning, info, debug"),
     (["--loop", "möbius"], "--loop möbius: 'möbius' is none of auto, uvloop, asyncio"),
+    (["--cipher-processes", "-1"], "--cipher-processes -1: '-1' is neither auto nor a number up to 64"),
+    (["--cipher-processes", "65"], "--cipher-processes 65: '65' is neither auto nor a number up to 64"),
 ]
 
 #: The background has no standard input and output: options for them fail there for another reason.

@@ -27,10 +27,14 @@ from qmpd.crypto.sectors import SectorCipher
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
+    from qmpd.block.cipher_pool import Lease
     from qmpd.block.graph import Graph
 
 #: Long requests are ciphered in tiles of this many bytes, and others get a turn in between.
 TILE = 256 * 1024
+
+#: From this many bytes on another process ciphers them, if there is one: below, telling it takes as long.
+LONG = 64 * 1024
 
 #: Milliseconds for one passphrase check, if `iter-time` is not given.
 DEFAULT_ITER_TIME = 2000
@@ -118,8 +122,10 @@ class LuksNode(Node):
         return await self.graph.open_child(self, "header", reference)
 
     async def close(self) -> None:
-        """Wipe the key."""
+        """Wipe the key, here and in the processes that have it."""
         if self._cipher is not None:
+            if self.graph.cipher_pool is not None:
+                self.graph.cipher_pool.forget(self._cipher)
             self._cipher.close()
             self._cipher = None
 
@@ -177,17 +183,34 @@ class LuksNode(Node):
 
     async def _pread(self, offset: int, length: int) -> Data:
         if length <= TILE:
-            data = await self.file.pread(self._payload_offset + offset, length)
-            return self._active_cipher.decrypt(data, offset // SECTOR)
+            return await self._read_tile(offset, length)
         plain = unset(length)
         for start in range(0, length, TILE):
+            if start:
+                await asyncio.sleep(0)
             tile = plain[start : start + TILE]
-            data = await self.file.pread(self._payload_offset + offset + start, len(tile))
-            self._active_cipher.decrypt_into(data, (offset + start) // SECTOR, tile)
-            await asyncio.sleep(0)
+            tile[:] = await self._read_tile(offset + start, len(tile))
         return plain
 
+    async def _read_tile(self, offset: int, length: int) -> Data:
+        place, sector, cipher = self._payload_offset + offset, offset // SECTOR, self._active_cipher
+        lease = self._lease(length)
+        if lease is not None:
+            if not all(self.file.read_cached([(place, length)], lease.data)):
+                lease.data[:] = await self.file.pread(place, length)
+            if await lease.decrypt(cipher, sector):
+                return lease.data
+        return cipher.decrypt(await self.file.pread(place, length), sector)
+
+    def _lease(self, length: int) -> Lease | None:
+        """Memory in which another process ciphers, if so much is worth the way there."""
+        pool = self.graph.cipher_pool
+        return pool.lease(length) if pool is not None and length >= LONG else None
+
     def _read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
+        pool = self.graph.cipher_pool
+        if pool is not None and pool.has_room and any(length >= LONG for _, length in requests):
+            return [False] * len(requests)
         payload = self._payload_offset
         served = self.file.read_cached([(payload + offset, length) for offset, length in requests], into)
         if True in served:
@@ -213,8 +236,16 @@ class LuksNode(Node):
         for start in range(0, len(data), TILE):
             if start:
                 await asyncio.sleep(0)
-            tile = self._active_cipher.encrypt(data[start : start + TILE], (offset + start) // SECTOR)
+            tile = await self._encrypt(data[start : start + TILE], (offset + start) // SECTOR)
             await self.file.pwrite(self._payload_offset + offset + start, tile)
+
+    async def _encrypt(self, data: memoryview, sector: int) -> Data:
+        lease = self._lease(len(data))
+        if lease is not None:
+            lease.data[:] = data
+            if await lease.encrypt(self._active_cipher, sector):
+                return lease.data
+        return self._active_cipher.encrypt(data, sector)
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         await self.file.pdiscard(self._payload_offset + offset, length)
