@@ -7,7 +7,12 @@ line on standard input asks for one run, and is answered by one line:
     {"template": "...", "first": 0, "count": 1000, "pipelined": false}
     {"seconds": 0.123}
 
-In the template ``@`` stands for the number of the command.
+In the template ``@`` stands for the number of the command.  With "lasting" in
+place of the numbers, one command is sent in a closed loop for so many seconds,
+and the answer has what every single round trip took, in seconds:
+
+    {"template": "...", "lasting": 2.0}
+    {"latencies": [0.0002, 0.0003]}
 """
 
 from __future__ import annotations
@@ -54,6 +59,18 @@ class Load:
                 raise RuntimeError(f"{command!r}: {reply!r}")
         return time.perf_counter() - start
 
+    def latencies(self, command: bytes, lasting: float) -> list[float]:
+        """Send *command* again and again, for *lasting* seconds; return seconds of each round trip."""
+        taken = []
+        now = time.perf_counter()
+        end = now + lasting
+        while now < end:
+            start = now
+            self.closed_loop([command])
+            now = time.perf_counter()
+            taken.append(now - start)
+        return taken
+
     def pipelined(self, commands: list[bytes]) -> float:
         """Send as fast as the daemon takes it while counting replies; return seconds."""
         unsent = memoryview(b"".join(commands))
@@ -79,6 +96,10 @@ def main() -> None:
     load = Load(sys.argv[1])
     for line in sys.stdin:
         request = json.loads(line)
+        if "lasting" in request:
+            taken = load.latencies(request["template"].encode() + b"\n", request["lasting"])
+            print(json.dumps({"latencies": taken}), flush=True)
+            continue
         numbers = range(request["first"], request["first"] + request["count"])
         commands = [request["template"].replace("@", str(number)).encode() + b"\n" for number in numbers]
         seconds = load.pipelined(commands) if request["pipelined"] else load.closed_loop(commands)
