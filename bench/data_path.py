@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -59,6 +59,12 @@ SATURATING: Final = (RandomLoad("read", 4 * KIB, 64), RandomLoad("read", 256 * K
 
 #: Seconds that a saturating load has run when the monitor's client begins, and that it runs on after it.
 MARGIN: Final = 0.4
+
+#: Seconds that the monitor's client waits after each reply.
+PAUSE: Final = 0.001
+
+#: How much longer than the other figures this one takes: a 99th percentile wants many samples.
+LATENCY_TIMES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -156,21 +162,20 @@ def _measure_chain(chain: Chain, programs: Sequence[Program], settings: Settings
 @contextmanager
 def _servers(chain: Chain, programs: Sequence[Program], source: Path) -> Iterator[list[NbdServer]]:
     """Give every program its image of *chain* in the page cache; take the images away at the end."""
-    with tempfile.TemporaryDirectory(prefix=f"{chain.name}-", dir=source.parent) as name:
+    with ExitStack() as stack:
+        images = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{chain.name}-", dir=source.parent))
         servers = []
         for program in programs:
-            directory = Path(name, program.name)
-            directory.mkdir()
-            image = directory / "image"
+            image = Path(images, program.name)
             for command in chain.make:
                 subprocess.run(filled(command, source=str(source), image=str(image)), check=True)
             settle(image)
-            servers.append(NbdServer(program, chain, image, directory))
-        try:
-            yield servers
-        finally:
-            for server in servers:
-                server.stop()
+            # Not beside the image: the path of a socket has to be short.
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+            server = NbdServer(program, chain, image, Path(directory))
+            stack.callback(server.stop)
+            servers.append(server)
+        yield servers
 
 
 def settle(image: Path) -> None:
@@ -261,7 +266,7 @@ def _measure_monitor(server: NbdServer, load: RandomLoad, settings: Settings, me
     taken: list[float] = []
 
     def measure(server: NbdServer) -> float:
-        taken[:] = saturated_latencies(server, load, settings.seconds)
+        taken[:] = saturated_latencies(server, load, LATENCY_TIMES * settings.seconds)
         return 0.0
 
     if _attempt(server, measured, title, measure) is not None:
@@ -281,7 +286,7 @@ def saturated_latencies(server: NbdServer, load: RandomLoad, seconds: float) -> 
             loader = Loader(server.monitor)
             try:
                 time.sleep(MARGIN)
-                taken = loader.latencies(QUERY, seconds)
+                taken = loader.latencies(QUERY, seconds, PAUSE)
             except (RuntimeError, OSError) as error:
                 raise ClientFailed(f"the monitor's client: {error}") from error
             finally:

@@ -8,10 +8,12 @@ line on standard input asks for one run, and is answered by one line:
     {"seconds": 0.123}
 
 In the template ``@`` stands for the number of the command.  With "lasting" in
-place of the numbers, one command is sent in a closed loop for so many seconds,
-and the answer has what every single round trip took, in seconds:
+place of the numbers, one command is sent again and again for so many seconds, with a
+pause after each reply, and the answer has what every single round trip took, in
+seconds.  Without a pause the moments in which the daemon has nothing else to do
+would have most of the samples:
 
-    {"template": "...", "lasting": 2.0}
+    {"template": "...", "lasting": 2.0, "pause": 0.001}
     {"latencies": [0.0002, 0.0003]}
 """
 
@@ -59,16 +61,13 @@ class Load:
                 raise RuntimeError(f"{command!r}: {reply!r}")
         return time.perf_counter() - start
 
-    def latencies(self, command: bytes, lasting: float) -> list[float]:
-        """Send *command* again and again, for *lasting* seconds; return seconds of each round trip."""
+    def latencies(self, command: bytes, lasting: float, pause: float) -> list[float]:
+        """Send *command*, wait for the reply and *pause*, for *lasting* seconds; return what each took."""
         taken = []
-        now = time.perf_counter()
-        end = now + lasting
-        while now < end:
-            start = now
-            self.closed_loop([command])
-            now = time.perf_counter()
-            taken.append(now - start)
+        end = time.perf_counter() + lasting
+        while time.perf_counter() < end:
+            taken.append(self.closed_loop([command]))
+            time.sleep(pause)
         return taken
 
     def pipelined(self, commands: list[bytes]) -> float:
@@ -97,7 +96,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "lasting" in request:
-            taken = load.latencies(request["template"].encode() + b"\n", request["lasting"])
+            command = request["template"].encode() + b"\n"
+            taken = load.latencies(command, request["lasting"], request["pause"])
             print(json.dumps({"latencies": taken}), flush=True)
             continue
         numbers = range(request["first"], request["first"] + request["count"])

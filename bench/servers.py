@@ -126,9 +126,10 @@ class Loader:
         request = {"template": template, "first": first, "count": count, "pipelined": pipelined}
         return float(count / self._answer(request)["seconds"])
 
-    def latencies(self, command: str, lasting: float) -> list[float]:
-        """Have *command* sent in a closed loop for *lasting* seconds; return seconds of each round trip."""
-        taken: list[float] = self._answer({"template": command, "lasting": lasting})["latencies"]
+    def latencies(self, command: str, lasting: float, pause: float) -> list[float]:
+        """Have *command* sent for *lasting* seconds, a *pause* after each reply; return what each took."""
+        request = {"template": command, "lasting": lasting, "pause": pause}
+        taken: list[float] = self._answer(request)["latencies"]
         return taken
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
