@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -164,11 +165,14 @@ def _servers(chain: Chain, programs: Sequence[Program], source: Path) -> Iterato
     """Give every program its image of *chain* in the page cache; take the images away at the end."""
     with ExitStack() as stack:
         images = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{chain.name}-", dir=source.parent))
-        servers = []
+        servers: list[NbdServer] = []
         for program in programs:
             image = Path(images, program.name)
-            for command in chain.make:
-                subprocess.run(filled(command, source=str(source), image=str(image)), check=True)
+            if servers:
+                shutil.copyfile(servers[0].image, image)
+            else:
+                for command in chain.make:
+                    subprocess.run(filled(command, source=str(source), image=str(image)), check=True)
             settle(image)
             # Not beside the image: the path of a socket has to be short.
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
