@@ -99,7 +99,8 @@ class NbdServer:
         # The monitor is the last that qmpd and qemu-storage-daemon open.
         for path in (self._socket, *([self.monitor] if self.has_monitor else [])):
             with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(PATIENCE)
+                # qemu-storage-daemon may never greet a client that comes while it is still starting.
+                client.settimeout(PATIENCE / 10)
                 try:
                     client.connect(str(path))
                     if not client.recv(1):

@@ -121,6 +121,7 @@ def test_the_documents_have_the_places_that_a_run_writes_to() -> None:
         assert "figures" in replaced(path.read_text(), name, "figures")
 
 
+@pytest.mark.timeout(300)  # seconds on an idle machine; it starts some sixty processes
 @pytest.mark.peer("qemu-storage-daemon", "qemu-img", "nbdkit", "nbdcopy", "fio")
 def test_every_program_serves_every_chain_to_every_kind_of_load(tmp_path: Path) -> None:
     """With a small disk, and a moment for each figure."""
@@ -131,7 +132,7 @@ def test_every_program_serves_every_chain_to_every_kind_of_load(tmp_path: Path) 
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
     )
     assert ended.returncode == 0, ended.stderr
     assert "What failed" not in ended.stdout, ended.stdout
