@@ -4,7 +4,8 @@
 #   make demo     see it work
 #   make test     run the tests          (PYTEST_ARGUMENTS="tests/qapi -k union" to choose)
 #   make lint     ruff, mypy --strict, import-linter
-#   make bench    compare with qemu-storage-daemon   (BENCH_ARGUMENTS=--quick for a short run)
+#   make bench    compare with qemu-storage-daemon and nbdkit, and write the results into docs/
+#                 (BENCH_ARGUMENTS=--quick for a short run that writes nothing)
 #
 #   make install install-units      as root: into $(PREFIX), with units for systemd
 #
@@ -15,12 +16,13 @@ VENV ?= .venv
 PREFIX ?= /opt/qmpd
 DESTDIR ?=
 PYTEST_ARGUMENTS ?=
-BENCH_ARGUMENTS ?=
+BENCH_ARGUMENTS ?= --write
 
 BIN := $(VENV)/bin
 PIP := -m pip --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 TOOLS := $(VENV)/.tools-installed
+PLOTTING := $(VENV)/.plotting-installed
 
 .PHONY: demo test lint bench install install-units clean
 .DEFAULT_GOAL := demo
@@ -36,7 +38,7 @@ lint: $(TOOLS)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(RUNTIME)
+bench: $(PLOTTING)
 	@$(BIN)/python -m bench $(BENCH_ARGUMENTS)
 
 # An environment of its own, with the same exact versions.
@@ -79,4 +81,9 @@ $(RUNTIME): requirements.txt pyproject.toml | $(BIN)/python
 $(TOOLS): requirements-dev.txt $(RUNTIME)
 	@echo "Setting up the tools of $(VENV) ..."
 	@$(BIN)/python $(PIP) install --requirement requirements-dev.txt
+	@touch $@
+
+$(PLOTTING): requirements-bench.txt $(RUNTIME)
+	@echo "Setting up what the benchmark's plot is drawn with ..."
+	@$(BIN)/python $(PIP) install --requirement requirements-bench.txt
 	@touch $@

@@ -1,32 +1,134 @@
-"""``python -m bench [--quick]``: qmpd beside qemu-storage-daemon, as a Markdown table."""
+"""``python -m bench``: qmpd beside its peers, as Markdown tables.
+
+The suites are the monitor (bench/monitor.py) and the data path
+(bench/data_path.py).  With --write their results also go into the documents.
+"""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Final
 
-from bench import monitor
-from bench.servers import qmpd, storage_daemon
+from bench import data_path, document, monitor
+from bench.chains import CHAINS
+from bench.nbd_servers import NBDKIT, nbdkit
+from bench.servers import QMPD, STORAGE_DAEMON, Program, qmpd, storage_daemon
 from bench.table import machine
+
+SUITES: Final = ("monitor", "data-path")
+
+#: The peers in the order of the tables' columns; qmpd comes last.
+PEERS: Final = (STORAGE_DAEMON, NBDKIT)
 
 
 def main() -> int:
-    """Run the suites and print their tables."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
-    parser.add_argument("--peer-only", action="store_true", help="measure qemu-storage-daemon alone")
-    arguments = parser.parse_args()
-
-    ours, peer = qmpd(), storage_daemon()
-    if peer is None:
-        print("qemu-storage-daemon is not installed: these are qmpd's own numbers, compared with nothing.\n")
-    programs = [program for program in (peer, None if arguments.peer_only else ours) if program is not None]
+    """Run the suites, print their tables, and write them where that is asked for."""
+    arguments = parse()
+    programs = [program for program in (storage_daemon(), nbdkit(), qmpd()) if program is not None]
+    if arguments.program:
+        programs = [program for program in programs if program.name in arguments.program]
+    missing = [peer for peer in PEERS if shutil.which(peer) is None]
+    if missing:
+        print(f"Not installed, and so not compared with: {', '.join(missing)}.\n")
     if not programs:
         return 1
-    samples = monitor.run(programs, monitor.QUICK if arguments.quick else monitor.Settings())
-    print(samples.markdown(ours.name, peer.name if peer else None))
-    print("\n" + machine([f"{program.name} {program.version()}" for program in programs]))
+    if arguments.write and (missing or arguments.program):
+        print("Nothing is written: the documents have comparisons with all of them.\n")
+        arguments.write = False
+    if "monitor" in arguments.only:
+        run_monitor(programs, arguments)
+    if "data-path" in arguments.only:
+        run_data_path(programs, arguments)
     return 0
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Compare qmpd with its peers.")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
+    parser.add_argument("--only", choices=SUITES, nargs="+", default=SUITES, help="the suites to run")
+    parser.add_argument(
+        "--program", choices=(*PEERS, QMPD), nargs="+", help="the programs to measure; all that are installed"
+    )
+    parser.add_argument("--rounds", type=int, help="how often everything is measured")
+    parser.add_argument("--write", action="store_true", help="put tables and plot into README.md and docs/")
+    path = parser.add_argument_group("data path")
+    path.add_argument(
+        "--chain",
+        dest="chains",
+        choices=[chain.name for chain in CHAINS],
+        nargs="+",
+        help="the chains to measure",
+    )
+    path.add_argument(
+        "--load",
+        dest="loads",
+        nargs="+",
+        metavar="TEXT",
+        help="only rows with one of these texts in their title",
+    )
+    path.add_argument("--connections", type=int, nargs="+", help="numbers of connections of the random loads")
+    path.add_argument("--seconds", type=float, help="how long one figure takes")
+    path.add_argument("--size", type=int, metavar="MIB", help="size of the disk")
+    path.add_argument("--directory", type=Path, help="where the images are made")
+    path.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
+    arguments = parser.parse_args()
+    if arguments.write and arguments.quick:
+        parser.error("--quick gives no numbers that are worth writing")
+    return arguments
+
+
+def run_monitor(programs: Sequence[Program], arguments: argparse.Namespace) -> None:
+    """Compare the monitors."""
+    with_monitor = [program for program in programs if program.name != NBDKIT]
+    settings = monitor.QUICK if arguments.quick else monitor.Settings()
+    if arguments.rounds is not None:
+        settings = replace(settings, rounds=arguments.rounds)
+    samples = monitor.run(with_monitor, settings)
+    peers = [program.name for program in with_monitor if program.name != QMPD]
+    table = f"{samples.markdown(QMPD, peers)}\n\n{machine(versions(with_monitor), used='one of them used')}"
+    print(f"## The monitor\n\n{table}\n", flush=True)
+    if arguments.write:
+        document.write_monitor(table)
+
+
+def run_data_path(programs: Sequence[Program], arguments: argparse.Namespace) -> None:
+    """Compare the data paths."""
+    for tool in ("nbdcopy", "fio"):
+        if shutil.which(tool) is None:
+            print(f"The data path is not measured: {tool} is not installed.\n")
+            return
+    settings = data_path.QUICK if arguments.quick else data_path.Settings()
+    given = {
+        each.name: value for each in fields(settings) if (value := getattr(arguments, each.name)) is not None
+    }
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    if "size" in given:
+        given["size"] <<= 20
+    settings = replace(settings, **given)
+    results = data_path.run(programs, settings)
+    peers = [program.name for program in programs if program.name != QMPD]
+    text = document.data_path_tables(results, peers, settings, machine(versions(programs), used="all used"))
+    print(f"## The data path\n\n{text}\n", flush=True)
+    aims = document.aims(results)
+    print(f"{aims}\n", flush=True)
+    if arguments.write:
+        document.write_data_path(text, aims)
+    for file in ([arguments.plot] if arguments.plot else []) + ([document.PLOT] if arguments.write else []):
+        from bench import plot  # matplotlib is wanted for this alone
+
+        plot.draw(results, peers, file)
+
+
+def versions(programs: Sequence[Program]) -> list[str]:
+    """Return names and versions of *programs*."""
+    return [f"{program.name} {program.version()}" for program in programs]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ line on standard input asks for one run, and is answered by one line:
     {"template": "...", "first": 0, "count": 1000, "pipelined": false}
     {"seconds": 0.123}
 
-In the template ``@`` stands for the number of the command.
+In the template ``@`` stands for the number of the command.  With "lasting" in
+place of the numbers, one command is sent again and again for so many seconds, with a
+pause after each reply, and the answer has what every single round trip took, in
+seconds.  Without a pause the moments in which the daemon has nothing else to do
+would have most of the samples:
+
+    {"template": "...", "lasting": 2.0, "pause": 0.001}
+    {"latencies": [0.0002, 0.0003]}
 """
 
 from __future__ import annotations
@@ -54,6 +61,15 @@ class Load:
                 raise RuntimeError(f"{command!r}: {reply!r}")
         return time.perf_counter() - start
 
+    def latencies(self, command: bytes, lasting: float, pause: float) -> list[float]:
+        """Send *command*, wait for the reply and *pause*, for *lasting* seconds; return what each took."""
+        taken = []
+        end = time.perf_counter() + lasting
+        while time.perf_counter() < end:
+            taken.append(self.closed_loop([command]))
+            time.sleep(pause)
+        return taken
+
     def pipelined(self, commands: list[bytes]) -> float:
         """Send as fast as the daemon takes it while counting replies; return seconds."""
         unsent = memoryview(b"".join(commands))
@@ -79,6 +95,11 @@ def main() -> None:
     load = Load(sys.argv[1])
     for line in sys.stdin:
         request = json.loads(line)
+        if "lasting" in request:
+            command = request["template"].encode() + b"\n"
+            taken = load.latencies(command, request["lasting"], request["pause"])
+            print(json.dumps({"latencies": taken}), flush=True)
+            continue
         numbers = range(request["first"], request["first"] + request["count"])
         commands = [request["template"].replace("@", str(number)).encode() + b"\n" for number in numbers]
         seconds = load.pipelined(commands) if request["pipelined"] else load.closed_loop(commands)

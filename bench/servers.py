@@ -14,10 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 #: Seconds that a daemon may take from its start to its greeting.
 PATIENCE: Final = 30.0
+
+#: What the tables call the programs.
+QMPD: Final = "qmpd"
+STORAGE_DAEMON: Final = "qemu-storage-daemon"
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,13 @@ class Program:
 
 def qmpd() -> Program:
     """Return qmpd as this interpreter runs it."""
-    return Program("qmpd", (sys.executable, "-m", "qmpd"))
+    return Program(QMPD, (sys.executable, "-m", "qmpd"))
 
 
 def storage_daemon() -> Program | None:
     """Return qemu-storage-daemon, or None where it is not installed."""
-    path = shutil.which("qemu-storage-daemon")
-    return None if path is None else Program("qemu-storage-daemon", (path,))
+    path = shutil.which(STORAGE_DAEMON)
+    return None if path is None else Program(STORAGE_DAEMON, (path,))
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,12 @@ def _wait_for_greeting(process: subprocess.Popen[bytes], path: Path) -> None:
 
 
 class Loader:
-    """A load process (``load.py``) connected to *server*."""
+    """A load process (``load.py``) connected to the monitor at *path*."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, path: Path) -> None:
         script = Path(__file__).with_name("load.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-E", str(script), str(server.socket)],
+            [sys.executable, "-S", "-E", str(script), str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -120,14 +124,24 @@ class Loader:
     def run(self, template: str, count: int, *, first: int = 0, pipelined: bool = False) -> float:
         """Have *count* commands sent and return commands a second."""
         request = {"template": template, "first": first, "count": count, "pipelined": pipelined}
+        return float(count / self._answer(request)["seconds"])
+
+    def latencies(self, command: str, lasting: float, pause: float) -> list[float]:
+        """Have *command* sent for *lasting* seconds, a *pause* after each reply; return what each took."""
+        request = {"template": command, "lasting": lasting, "pause": pause}
+        taken: list[float] = self._answer(request)["latencies"]
+        return taken
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the load process gave up on {template}")
-        return float(count / json.loads(answer)["seconds"])
+            raise RuntimeError(f"the load process gave up on {request['template']}")
+        answered: dict[str, Any] = json.loads(answer)
+        return answered
 
     def close(self) -> None:
         """End the process."""

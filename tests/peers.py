@@ -52,6 +52,7 @@ PEERS: Final[Mapping[str, Peer]] = {
         Peer("nbdcopy", "libnbd-bin"),
         Peer("nbdsh", "python3-libnbd"),
         Peer("fio", "fio"),
+        Peer("nbdkit", "nbdkit"),
         Peer("socat", "socat"),
         Peer("jq", "jq"),
         Peer("openssl", "openssl"),
