@@ -65,7 +65,13 @@ def test_a_virtio_disk_of_a_machine_is_an_export(
         assert "Pattern verification failed" not in said, said
     # A check that can fail.
     assert "Pattern verification failed" in guest("read -P 9 0 512")
-    for command in ("write -P 9 3M 1M", "write -f -P 10 512 512", "write -z 32k 4k", "discard 1M 64k", "flush"):
+    for command in (
+        "write -P 9 3M 1M",
+        "write -f -P 10 512 512",
+        "write -z 32k 4k",
+        "discard 1M 64k",
+        "flush",
+    ):
         assert "failed" not in guest(command)
 
     for command in ("read -P 9 3M 1M", "read -P 10 512 512", "read -P 0 32k 4k", "read -P 7 36k 4k"):
@@ -81,7 +87,14 @@ def test_a_virtio_disk_of_a_machine_is_an_export(
 
 
 #: What a virtio disk needs of Debian's kernel, each after those that it uses; ext4 is built in.
-MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
+MODULES = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_blk",
+)
 
 #: The guest's first process.  Every line of its that matters begins with "guest: ".
 INIT = rf"""#!/bin/busybox sh
