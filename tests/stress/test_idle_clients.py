@@ -1,4 +1,4 @@
-"""Ten thousand NBD connections that do nothing, and clients that never read: they cost little, and hurt nobody.
+"""Ten thousand NBD connections that do nothing, and clients that never read: cheap, and in nobody's way.
 
 As many connections as the hard limit of descriptors lets a process have, if those are fewer.
 """
@@ -204,10 +204,7 @@ def test_who_never_reads_costs_little_and_holds_up_nobody(
         wire.go("disk")
         wire.socket.settimeout(0.3)
         with pytest.raises(TimeoutError):
-            # Until nothing more is taken in.
-            for turn in range(200_000):
-                status = turn % 3 == 0 and (wire.structured or wire.extended)
-                wire.request(BLOCK_STATUS if status else READ, 0, request_size)
+            ask_without_end(wire, request_size)
         wires.append(wire)
     assert_served(daemon)
     peak = highest(daemon) - before
@@ -216,6 +213,16 @@ def test_who_never_reads_costs_little_and_holds_up_nobody(
     for wire in wires:
         wire.close()
     assert_served(daemon)
+
+
+def ask_without_end(wire: Wire, request_size: int) -> None:
+    """Send requests, mostly to read, until the daemon takes no more of them in.
+
+    :raise TimeoutError: it does not any more.
+    """
+    for turn in range(200_000):
+        status = turn % 3 == 0 and (wire.structured or wire.extended)
+        wire.request(BLOCK_STATUS if status else READ, 0, request_size)
 
 
 def highest(daemon: RunningDaemon) -> int:
