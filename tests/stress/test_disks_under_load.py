@@ -23,9 +23,9 @@ AREA: Final = 4 << 20
 SECONDS: Final = float(os.environ.get("QMPD_STRESS_SECONDS") or (60 if peers.required() else 20))
 
 #: What may be resident at the end beyond what was after the warm-up, in bytes.  A round makes and
-#: ends some twenty nodes, exports, devices and connections, and there are hundreds of rounds: a
-#: leak of 100 KB a round (one header's key material is 128 KB) shows.  Less than this is
-#: the allocator's: requests of 256 KiB come and go in every arena that a thread has touched.
+#: ends two disks, a device, an export and their connections, and a minute has some three hundred
+#: rounds: a leak of 100 KB a round shows (the key material of one header has 128 KB).  Less than
+#: this is the allocator's: requests of 256 KiB come and go in every arena that a thread has touched.
 GROWTH: Final = 16 << 20
 
 #: One client: URI, number of its area, size of an area, seconds.  The bytes follow from area,
