@@ -57,7 +57,7 @@ install-units:
 	install -m 644 contrib/systemd/qmpd.sysusers $(DESTDIR)/usr/lib/sysusers.d/qmpd.conf
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .guest $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # Debian packs ensurepip apart (python3-venv); where it is missing, another pip can fill the environment.
 $(BIN)/python:

@@ -30,6 +30,8 @@ CHECKOUT: Final = Path(__file__).parent.parent
 
 QMPD: Final = (sys.executable, "-m", "qmpd")
 STORAGE_DAEMON: Final = ("qemu-storage-daemon",)
+#: A machine of QEMU's.  What its `qemu-io` prints is not to wait in a buffer.
+SYSTEM: Final = ("stdbuf", "--output=L", "qemu-system-x86_64")
 
 
 class CommandError(Exception):
@@ -148,7 +150,8 @@ class RunningDaemon:
         self.stdout = directory / f"{name}.stdout"
         self.stderr = directory / f"{name}.stderr"
         monitor = f"socket,id=mon,path={str(self.socket).replace(',', ',,')},server=on,wait=off"
-        self.command = [*program, *arguments, "--chardev", monitor, "--monitor", "chardev=mon"]
+        mode = ["-mon", "chardev=mon,mode=control"] if program == SYSTEM else ["--monitor", "chardev=mon"]
+        self.command = [*program, *arguments, "--chardev", monitor, *mode]
         with self.stdout.open("wb") as stdout, self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 self.command,

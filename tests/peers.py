@@ -10,6 +10,7 @@ Run as a program, this file says what is missing and exits with 1 if anything is
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -18,7 +19,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Final
+
+CHECKOUT: Final = Path(__file__).resolve().parent.parent
 
 #: Where Debian keeps programs for administrators, which an ordinary user's PATH leaves out.
 ADMINISTRATORS_PATH: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -30,11 +34,13 @@ class Peer:
 
     :param package: the Debian package that has it.
     :param oldest: the oldest version that will do, or None where any will.
+    :param file: where it is in the checkout, if it is not found on PATH (a pattern; the last match counts).
     """
 
     name: str
     package: str
     oldest: tuple[int, ...] | None = None
+    file: str | None = None
 
 
 #: Detached LUKS headers came with QEMU 9.0; the wordings that we compare are those of 10.0.
@@ -51,8 +57,15 @@ PEERS: Final[Mapping[str, Peer]] = {
         Peer("nbdinfo", "libnbd-bin"),
         Peer("nbdcopy", "libnbd-bin"),
         Peer("nbdsh", "python3-libnbd"),
+        Peer("nbd-client", "nbd-client"),
         Peer("fio", "fio"),
         Peer("nbdkit", "nbdkit"),
+        Peer("mke2fs", "e2fsprogs"),
+        Peer("e2fsck", "e2fsprogs"),
+        Peer("debugfs", "e2fsprogs"),
+        # For a guest, unpacked by .ci/run: a kernel that nobody wants installed here.
+        Peer("busybox", "busybox-static", file=".guest/bin/busybox"),
+        Peer("linux", "linux-image-cloud-amd64", file=".guest/boot/vmlinuz-*"),
         Peer("socat", "socat"),
         Peer("jq", "jq"),
         Peer("openssl", "openssl"),
@@ -67,6 +80,19 @@ def search_path() -> str:
     return os.pathsep.join([*directories, *(d for d in ADMINISTRATORS_PATH if d not in directories)])
 
 
+def _path(peer: Peer) -> str | None:
+    if peer.file is None:
+        return shutil.which(peer.name, path=search_path())
+    return max(glob.glob(str(CHECKOUT / peer.file)), default=None)
+
+
+def path_of(name: str) -> Path:
+    """Return where the peer *name* is; it must be there."""
+    found = _path(PEERS[name])
+    assert found is not None, name
+    return Path(found)
+
+
 @cache
 def missing(name: str) -> str | None:
     """Say why the peer *name* can't be used, or return None if it can.
@@ -74,7 +100,7 @@ def missing(name: str) -> str | None:
     :raise KeyError: no such peer is known: it belongs into :data:`PEERS`.
     """
     peer = PEERS[name]
-    program = shutil.which(name, path=search_path())
+    program = _path(peer)
     if program is None:
         return f"{name} (Debian package {peer.package})"
     if peer.oldest is None:

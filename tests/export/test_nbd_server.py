@@ -277,28 +277,6 @@ async def test_many_idle_connections_are_bounded_and_leave_room_for_service(idle
     await idle.graph.close()
 
 
-@pytest.mark.parametrize("stage", ["flags", "options", "transmission"])
-async def test_random_bytes_hurt_only_who_sends_them(served: Served, stage: str) -> None:
-    def client() -> None:
-        with served.taken("f") as other:
-            for _ in range(20):
-                wire = served.wire(None if stage == "flags" else 3)
-                if stage == "transmission":
-                    wire.go("f")
-                try:
-                    wire.send(os.urandom(5000))
-                    wire.socket.shutdown(socket.SHUT_WR)
-                    while wire.socket.recv(1 << 16):
-                        pass
-                except OSError:
-                    pass
-                wire.close()
-            assert other.ask(READ, 0, 512).error == 0
-
-    await served.run(client)
-    assert served.image.read_bytes() == bytes(SIZE)
-
-
 async def test_a_payload_that_is_too_long_is_refused_and_ends_the_session(served: Served) -> None:
     def client() -> None:
         with served.taken("n") as wire:

@@ -24,10 +24,15 @@ def execute(*command: str, cwd: Path | None = None, check: bool = True) -> str:
     return done.stdout
 
 
-@pytest_asyncio.fixture(params=["raw", "luks"])
+@pytest_asyncio.fixture(params=["raw", "luks", "raw over TCP"])
 async def disk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Served]:
-    """The export "disk" of a node whose driver is the parameter, with the same bytes in `plain`."""
+    """The export "disk" of a node whose driver is the parameter, with the same bytes in `plain`.
+
+    "depth" is the same node with the metadata context of its allocation depth.
+    """
     served = Served(tmp_path)
+    if "TCP" in request.param:
+        served.address = {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}
     await served.start()
     plain = tmp_path / "plain"
     plain.write_bytes((os.urandom(1 << 16) + bytes(1 << 16)) * (DISK >> 17))
@@ -45,13 +50,19 @@ async def disk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         image.write_bytes(plain.read_bytes())
         await served.graph.add({"node-name": "d", "driver": "raw", "file": file, "discard": "unmap"})
     served.add("e-d", "d", name="disk", writable=True, description="under test")
+    served.add("e-depth", "d", name="depth", allocation_depth=True)
     yield served
     await served.exports.close()
     await served.graph.close()
 
 
 def uri(served: Served, name: str = "disk") -> str:
-    return f"nbd+unix:///{name}?socket={served.socket}"
+    server = served.exports.nbd_server
+    assert server is not None
+    (address,) = server.addresses
+    if isinstance(address, tuple):
+        return f"nbd://{address[0]}:{address[1]}/{name}"
+    return f"nbd+unix:///{name}?socket={address}"
 
 
 def plain(served: Served) -> Path:
@@ -70,7 +81,22 @@ async def test_nbdinfo_sees_what_the_export_can(disk: Served) -> None:
     can = {name for name, value in export.items() if name.startswith("can_") and value}
     assert can == {f"can_{what}" for what in EVERYTHING}
     listed = json.loads(await disk.run(lambda: execute("nbdinfo", "--list", "--json", uri(disk, ""))))
-    assert [one["export-name"] for one in listed["exports"]] == ["f", "ro", "n", "disk"]
+    assert [one["export-name"] for one in listed["exports"]] == ["f", "ro", "n", "disk", "depth"]
+    (deep,) = json.loads(await disk.run(lambda: execute("nbdinfo", "--json", uri(disk, "depth"))))["exports"]
+    assert deep["contexts"] == ["base:allocation", "qemu:allocation-depth"]
+    extents = json.loads(await disk.run(lambda: execute("nbdinfo", "--json", "--map", uri(disk))))
+    assert sum(one["length"] for one in extents) == DISK
+
+
+@pytest.mark.peer("nbd-client", "qemu-img")
+async def test_nbd_client_lists_the_exports(disk: Served) -> None:
+    """It can do no more without the kernel's module, and needs TCP."""
+    server = disk.exports.nbd_server
+    assert server is not None
+    (address,) = server.addresses
+    where = ("127.0.0.1", str(address[1])) if isinstance(address, tuple) else ("-unix", address)
+    listed = await disk.run(lambda: execute("nbd-client", "-l", *where))
+    assert {"f", "ro", "n", "disk: under test", "depth"} <= set(listed.splitlines()), listed
 
 
 @pytest.mark.peer("nbdcopy", "qemu-img")
@@ -197,6 +223,92 @@ fails(errno.EPERM, read_only.trim, 512, 0)
 fails(errno.EPERM, read_only.zero, 512, 0)
 read_only.shutdown()
 
+deep = nbd.NBD()
+deep.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+deep.add_meta_context("qemu:allocation-depth")
+deep.connect_uri(sys.argv[3])
+assert deep.can_meta_context("qemu:allocation-depth")
+contexts = {}
+def collect(context, offset, entries, error):
+    contexts.setdefault(context, []).extend(zip(entries[0::2], entries[1::2]))
+for flags in (0, nbd.CMD_FLAG_REQ_ONE):
+    contexts.clear()
+    deep.block_status(size, 0, collect, flags)
+    assert set(contexts) == {nbd.CONTEXT_BASE_ALLOCATION, "qemu:allocation-depth"}
+    if flags:
+        assert all(len(runs) == 1 for runs in contexts.values()), contexts
+    else:
+        assert all(sum(length for length, _ in runs) == size for runs in contexts.values()), contexts
+assert contexts["qemu:allocation-depth"][0][1] == 1
+deep.shutdown()
+
+for fixed, zeroes in ((True, True), (True, False), (False, False)):
+    old = nbd.NBD()
+    flags = nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE if fixed else 0
+    old.set_handshake_flags(flags | (0 if zeroes else nbd.HANDSHAKE_FLAG_NO_ZEROES))
+    old.connect_uri(sys.argv[1])
+    assert old.get_protocol() == ("newstyle-fixed" if fixed else "newstyle")
+    assert old.get_size() == size
+    assert old.pread(4096, 4096) == bytes([1]) * 4096
+    old.shutdown()
+
+asking = nbd.NBD()
+asking.set_opt_mode(True)
+asking.set_full_info(True)
+asking.add_meta_context("base:")
+asking.connect_uri(sys.argv[1])
+names = []
+asking.opt_list(lambda name, description: names.append((name, description)))
+assert ("disk", "under test") in names, names
+found = []
+asking.opt_list_meta_context(found.append)
+assert found == ["base:allocation"], found
+asking.set_export_name("nowhere")
+fails(errno.ENOENT, asking.opt_info)
+asking.set_export_name("disk")
+asking.opt_info()
+assert asking.get_size() == size
+assert asking.get_export_description() == "under test"
+fails(errno.ENOENT, (asking.set_export_name("nowhere"), asking.opt_go)[1])
+asking.set_export_name("disk")
+asking.opt_go()
+assert asking.pread(4096, 4096) == bytes([1]) * 4096
+asking.shutdown()
+leaving = nbd.NBD()
+leaving.set_opt_mode(True)
+leaving.connect_uri(sys.argv[1])
+leaving.opt_abort()
+assert leaving.aio_is_closed()
+
+# Every command again, a hundred at a time, and their completions in whatever order they come.
+busy = nbd.NBD()
+busy.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+busy.connect_uri(sys.argv[1])
+extended = getattr(busy, "get_extended_headers_negotiated", None)
+assert extended is None or extended(), "this libnbd can have extended headers"
+done = []
+def completed(error):
+    done.append(error.value)
+    return 1
+status = lambda *_: 0
+for turn in range(100):
+    place = (1 << 20) + turn * 4096
+    buffer = nbd.Buffer(4096)
+    (
+        lambda: busy.aio_pwrite(b"z" * 4096, place, completed, nbd.CMD_FLAG_FUA if turn % 20 == 0 else 0),
+        lambda: busy.aio_pread(buffer, place, completed),
+        lambda: busy.aio_pread_structured(buffer, place, lambda *_: 0, completed, nbd.CMD_FLAG_DF),
+        lambda: busy.aio_zero(4096, place, completed, nbd.CMD_FLAG_NO_HOLE),
+        lambda: busy.aio_trim(4096, place, completed),
+        lambda: busy.aio_cache(4096, place, completed),
+        lambda: busy.aio_flush(completed),
+        lambda: busy.aio_block_status(1 << 20, place, status, completed, nbd.CMD_FLAG_REQ_ONE),
+    )[turn % 8]()
+while busy.aio_in_flight():
+    busy.poll(-1)
+assert done == [0] * 100, done
+busy.shutdown()
+
 plain = nbd.NBD()
 plain.set_request_structured_replies(False)
 plain.connect_uri(sys.argv[1])
@@ -208,7 +320,18 @@ plain.shutdown()
 
 @pytest.mark.peer("nbdsh", "qemu-img")
 async def test_libnbd_may_use_every_command_and_flag(disk: Served) -> None:
-    await disk.run(lambda: execute("/usr/bin/python3", "-c", LIBNBD, uri(disk), uri(disk, "ro")))
+    uris = [uri(disk), uri(disk, "ro"), uri(disk, "depth")]
+    await disk.run(lambda: execute("/usr/bin/python3", "-c", LIBNBD, *uris))
+
+
+@pytest.mark.peer("nbdsh", "qemu-img")
+async def test_nbdsh_is_served(disk: Served) -> None:
+    # The script of that name runs this with whichever python3 is the first on PATH.
+    script = ("-c", "h.pwrite(b'shell' * 512, 512)", "-c", "print(h.pread(512, 512)[:5].decode())")
+    assert (
+        await disk.run(lambda: execute("/usr/bin/python3", "-m", "nbd", "-u", uri(disk), *script))
+        == "shell\n"
+    )
 
 
 @pytest.mark.peer("qemu-io", "qemu-img")
