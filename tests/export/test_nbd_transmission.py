@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 
 import pytest
@@ -22,14 +23,25 @@ from nbd_wire import (
     WRITE_ZEROES,
 )
 
+from qmpd.export.nbd.budget import PIECE, Budget, Share
 from qmpd.export.nbd.handshake import Agreement, Disconnect
-from qmpd.export.nbd.transmission import Request, RequestError, Requests, TooLong, check, dialect
+from qmpd.export.nbd.transmission import (
+    BUFFER_SIZE,
+    LONG,
+    PIECE_OF_LONG,
+    Request,
+    RequestError,
+    Requests,
+    TooLong,
+    check,
+    dialect,
+)
 
 SIMPLE = Agreement("disk", False, False, ())
 STRUCTURED = Agreement("disk", True, False, (0,))
 EXTENDED = Agreement("disk", True, True, (0,))
 
-EPERM, EINVAL, ENOSPC = 1, 22, 28
+EPERM, EINVAL = 1, 22
 MIB = 1 << 20
 
 
@@ -164,8 +176,8 @@ def checked(
     ("command", "number"),
     [
         (READ, EINVAL),
-        (WRITE, ENOSPC),
-        (WRITE_ZEROES, ENOSPC),
+        (WRITE, EINVAL),
+        (WRITE_ZEROES, EINVAL),
         (TRIM, EINVAL),
         (CACHE, EINVAL),
         (BLOCK_STATUS, EINVAL),
@@ -251,3 +263,75 @@ def test_extended_replies_repeat_the_offset_and_have_long_extents() -> None:
     )
     status = spoken.status(ASKED, 5, [(1 << 40, 3)], done=False)
     assert status == head + b"\0\0\0\6" + COOKIE + at + struct.pack(">QIIQQ", 24, 5, 1, 1 << 40, 3)
+
+
+@given(st.integers(1, 300), st.integers(0, 2000), st.integers(4096, 99_999), st.booleans())
+def test_payloads_without_room_come_in_pieces_through_space_that_others_use(
+    kibibytes: int, offset: int, cut: int, crowded: bool
+) -> None:
+    budget = Budget(PIECE)
+    share, other = budget.enter(), budget.enter()
+    if crowded:
+        other.take(PIECE)
+    space = memoryview(bytearray(BUFFER_SIZE))
+    requests = Requests(extended=False, space=space, share=share)
+    wanted = [
+        (WRITE, offset, os.urandom(kibibytes * 1024)),
+        (READ, 3, b""),
+        (WRITE, 77, os.urandom(PIECE + 5)),
+        (FLUSH, 0, b""),
+    ]
+    stream = b"".join(request(*one) for one in wanted)
+    taken: list[tuple[int, int, bytes]] = []
+    for start in range(0, len(stream), cut):
+        data = stream[start : start + cut]
+        while data:
+            buffer = requests.get_buffer()
+            length = min(len(buffer), len(data))
+            buffer[:length] = data[:length]
+            requests.buffer_updated(length)
+            data = data[length:]
+            taken += put_together(requests, share, taken)
+            requests.settle()
+            space[:] = bytes([0xEE]) * len(space)
+    assert taken == wanted
+    assert share.held == 0
+
+
+def put_together(
+    requests: Requests, share: Share, before: list[tuple[int, int, bytes]]
+) -> list[tuple[int, int, bytes]]:
+    """The further ones; pieces that come first belong to the last one of `before`."""
+    new: list[tuple[int, int, bytes]] = []
+    while (one := requests.next()) is not None:
+        size = len(one.payload)
+        if one.command == PIECE_OF_LONG:
+            into = new or before
+            command, offset, payload = into[-1]
+            assert one.offset == offset + len(payload)
+            into[-1] = command, offset, payload + bytes(one.payload)
+        else:
+            new.append((one.command & LONG - 1, one.offset, bytes(one.payload)))
+        share.give(size)
+    return new
+
+
+def test_without_memory_it_waits_for_its_own_requests_and_what_is_dropped_is_given_back() -> None:
+    share = Budget(PIECE).enter()
+    requests = Requests(extended=False, share=share)
+    feed(requests, request(WRITE, 0, bytes(4096)))
+    first = requests.next()
+    assert first is not None
+    share.take(PIECE - 4096)
+    feed(requests, request(WRITE, 0, bytes(4096), length=200_000))
+    header = requests.next()
+    assert header is not None
+    assert (header.command, header.length) == (LONG | WRITE, 200_000)
+    assert requests.next() is None
+    assert requests.starved
+    share.give(PIECE)
+    assert requests.next() is None
+    assert not requests.starved
+    assert share.held == 200_000
+    requests.drop()
+    assert share.held == 0

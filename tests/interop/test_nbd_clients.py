@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import ssl
@@ -51,6 +52,15 @@ async def disk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         await served.graph.add({"node-name": "d", "driver": "raw", "file": file, "discard": "unmap"})
     served.add("e-d", "d", name="disk", writable=True, description="under test")
     served.add("e-depth", "d", name="depth", allocation_depth=True)
+    yield served
+    await served.exports.close()
+    await served.graph.close()
+
+
+@pytest_asyncio.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    served = Served(tmp_path)
+    await served.start()
     yield served
     await served.exports.close()
     await served.graph.close()
@@ -199,8 +209,8 @@ h.block_status(size, 0, status, nbd.CMD_FLAG_REQ_ONE)
 assert len(runs) == 1
 
 fails(errno.EINVAL, h.pread, 512, size)
-fails(errno.ENOSPC, h.pwrite, b"x" * 512, size - 256)
-fails(errno.ENOSPC, h.zero, 512, size)
+fails(errno.EINVAL, h.pwrite, b"x" * 512, size - 256)
+fails(errno.EINVAL, h.zero, 512, size)
 fails(errno.EINVAL, h.trim, 512, size)
 fails(errno.EINVAL, h.block_status, 512, size, status)
 fails(errno.EINVAL, h.pread, 512, 0, nbd.CMD_FLAG_REQ_ONE)
@@ -332,6 +342,57 @@ async def test_nbdsh_is_served(disk: Served) -> None:
         await disk.run(lambda: execute("/usr/bin/python3", "-m", "nbd", "-u", uri(disk), *script))
         == "shell\n"
     )
+
+
+HOLES = """
+import nbd, sys
+kinds = {nbd.READ_DATA: "data", nbd.READ_HOLE: "hole"}
+client = nbd.NBD()
+client.connect_uri(sys.argv[1])
+runs = []
+def chunk(data, offset, kind, error):
+    if runs and runs[-1][0] == kinds[kind]:
+        runs[-1][2] = offset + len(data)
+    else:
+        runs.append([kinds[kind], offset, offset + len(data)])
+contents = client.pread_structured(client.get_size(), 0, chunk)
+print(runs)
+assert contents == open(sys.argv[2], "rb").read()
+client.shutdown()
+"""
+
+
+@pytest.mark.peer("nbdsh", "qemu-storage-daemon")
+async def test_libnbd_is_told_of_the_same_holes_as_by_qemu(served: Served, tmp_path: Path) -> None:
+    image, socket = tmp_path / "sparse", tmp_path / "qemu.sock"
+    with image.open("wb") as file:
+        file.truncate(DISK)
+        for offset, length in ((1 << 20, 1 << 20), (5 << 20, 4096), (7 << 20, 1 << 16)):
+            file.seek(offset)
+            file.write(b"x" * length)
+    await served.graph.add({"driver": "file", "node-name": "sparse", "filename": str(image)})
+    served.add("e-sparse", "sparse")
+    command = ("/usr/bin/python3", "-c", HOLES)
+    ours = await served.run(lambda: execute(*command, uri(served, "sparse"), str(image)))
+    options = (
+        *("--blockdev", f"driver=file,node-name=sparse,filename={image}"),
+        *("--nbd-server", f"addr.type=unix,addr.path={socket}"),
+        *("--export", "type=nbd,id=e,node-name=sparse"),
+    )
+    daemon = await asyncio.create_subprocess_exec("qemu-storage-daemon", *options)
+    try:
+        async with asyncio.timeout(20):
+            while not socket.exists():
+                await asyncio.sleep(0.05)
+        # It makes its socket before its export.
+        await asyncio.sleep(0.5)
+        address = f"nbd+unix:///sparse?socket={socket}"
+        theirs = await served.run(lambda: execute(*command, address, str(image)))
+    finally:
+        daemon.terminate()
+        await daemon.wait()
+    assert ours == theirs
+    assert ours.count("hole") == 4
 
 
 @pytest.mark.peer("qemu-io", "qemu-img")

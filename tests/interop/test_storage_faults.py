@@ -167,6 +167,10 @@ def test_a_failing_read_or_readahead_is_told_and_the_session_goes_on(
     faults = ("--error", "EIO", "--of", "read", "--from", str(BAD))
     daemon = served_disks.start(start_daemon, program=(*FAILING, *faults, "--", *QMPD))
     served_disks.serve(daemon, kind, "disk", SIZE)
+    with served_disks.payload(daemon, "disk").open("r+b") as image:
+        # A hole would not be read.
+        image.seek(BAD)
+        image.write(b"x" * MIB)
     for dialect in ({}, {"structured": True}, {"extended": True}):
         with Wire(daemon.directory / "nbd.sock") as wire:
             wire.negotiate(**dialect)

@@ -353,7 +353,6 @@ def test_random_bytes_do_no_harm_where_tls_is_wanted(tmp_path: Path, inside: boo
 MOST_OPTIONS: Final = 4 << 20
 
 
-@pytest.mark.xfail(reason="connection.py reads options on while their answers are not taken", strict=True)
 def test_the_answers_to_options_do_not_pile_up(start_daemon: Callable[..., RunningDaemon]) -> None:
     """Who asks on and on and reads nothing is not listened to any more."""
     daemon = served_disks.start(start_daemon, server=",handshake-max-seconds=0")

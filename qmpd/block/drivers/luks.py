@@ -247,9 +247,6 @@ class LuksNode(Node):
                 return lease.data
         return self._active_cipher.encrypt(data, sector)
 
-    async def _pdiscard(self, offset: int, length: int) -> None:
-        await self.file.pdiscard(self._payload_offset + offset, length)
-
     async def _truncate(self, size: int, preallocation: str) -> None:
         await self.file.truncate(self._payload_offset + size, preallocation)
 

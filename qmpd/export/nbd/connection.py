@@ -9,13 +9,15 @@ rest in tasks, and replies go out in the order in which they are ready.
 
 A client can't make the daemon wait or grow.  It is not read from while
 
-- :data:`MAX_REQUESTS` of its requests are under way, or :data:`MAX_BYTES` of data with them;
+- :data:`MAX_REQUESTS` of its requests are under way, or they hold more than its share of the
+  memory that the server has for its clients' data (:mod:`~qmpd.export.nbd.budget`);
 - it does not take its replies;
 - the clients of its server have had their turn: after some milliseconds the rest of the
   daemon gets its own (:meth:`~qmpd.export.nbd.server.NBDServer.end_of_turn`).
 
 Long reads are answered in pieces where the client's dialect allows that, and
-read only as fast as the client takes them.
+read only as fast as the client takes them; of holes only their lengths are
+sent.  Long writes are written in pieces while the rest is still coming.
 """
 
 from __future__ import annotations
@@ -25,16 +27,19 @@ import logging
 import os
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING, Final, cast
 
 from qmpd.block.buffers import unset
 from qmpd.block.node import BlockStatus, Data
 from qmpd.export import eager
 from qmpd.export.nbd import wire
+from qmpd.export.nbd.budget import LEAST, PIECE, Share
 from qmpd.export.nbd.handshake import Agreement, Disconnect, Handshake, State
 from qmpd.export.nbd.transmission import (
+    LONG,
     Dialect,
+    LongWrite,
     Request,
     RequestError,
     Requests,
@@ -49,14 +54,13 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-#: Requests, and bytes of data, that one client may have under way.
+#: Requests that one client may have under way.
 MAX_REQUESTS: Final = 16
-MAX_BYTES: Final = 64 << 20
 #: Bytes that may wait for a client to take them before nothing more is served to it.
 _OUTPUT_HIGH: Final = 1 << 20
-#: Long requests are served in pieces of this many bytes.
-_PIECE: Final = 1 << 20
-#: Bytes received at once during the handshake; idle clients cost no more.
+#: In shorter reads holes are not looked for.
+_SPARSE: Final = 64 << 10
+#: Bytes received at once during the handshake.
 _HANDSHAKE_BUFFER: Final = 4096
 #: Reads up to this many bytes in all are served together.
 _BATCH: Final = 256 << 10
@@ -76,6 +80,7 @@ _FAILURES: Final[Mapping[int, str]] = {
     wire.CMD_CACHE: "caching data failed",
     wire.CMD_WRITE_ZEROES: "writing to file failed",
     wire.CMD_BLOCK_STATUS: "can't get block status",
+    LONG | wire.CMD_WRITE: "writing to file failed",
 }
 
 
@@ -92,17 +97,17 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._handshake: Handshake | None = Handshake(server.offers, tls=server.tls is not None)
         self._timer: asyncio.TimerHandle | None = None
-        self._space = memoryview(bytearray(_HANDSHAKE_BUFFER))
         self._output: list[Data] = []
         self._output_size = 0
         #: The socket's number where it may be written to past the transport, else -1.
         self._descriptor = -1
         self._export: NBDExport | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._bytes = 0
         #: Small reads, or small writes, that are to be begun together.
         self._batch: list[Request] = []
         self._batch_size = 0
+        #: The write whose payload is coming in pieces.
+        self._long: LongWrite | None = None
         self._scheduled = False
         self._in_turn = False
         self._writing_paused = False
@@ -116,6 +121,7 @@ class Connection(asyncio.BufferedProtocol):
         # Set when the handshake is done.
         self._agreement: Agreement
         self._requests: Requests
+        self._share: Share
         self._dialect: Dialect
         self._size = 0
 
@@ -141,23 +147,29 @@ class Connection(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
         self._make_room()
-        if self._export is not None and not self._tasks:
-            self._export.connections.discard(self)
+        if self._export is not None:
+            self._requests.drop()
+            self._server.budget.leave()
+            if not self._tasks:
+                self._export.connections.discard(self)
         self._server.left(self)
         if not self._closed.done():
             self._closed.set_result(None)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the transport is to put what it receives."""
-        return self._space if self._handshake is not None else self._requests.get_buffer()
+        if self._handshake is not None:
+            return self._server.space[:_HANDSHAKE_BUFFER]
+        return self._requests.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         """Do what is complete by now."""
         if self._handshake is not None:
-            self._negotiate(self._handshake, self._space[:nbytes])
+            self._negotiate(self._handshake, self._server.space[:nbytes])
         else:
             self._requests.buffer_updated(nbytes)
             self._work()
+            self._requests.settle()
 
     def eof_received(self) -> bool:
         """The client talks no more; without DISC it is not interested in answers either."""
@@ -166,10 +178,17 @@ class Connection(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """Serve nothing: the client does not take its replies."""
         self._writing_paused = True
+        # What it is told during the handshake would pile up without end.
+        if self._handshake is not None and self._transport is not None and not self._reading_paused:
+            self._reading_paused = True
+            self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """Go on."""
         self._writing_paused = False
+        if self._handshake is not None and self._transport is not None and self._reading_paused:
+            self._reading_paused = False
+            self._transport.resume_reading()
         self._make_room()
         self._work()
 
@@ -237,9 +256,14 @@ class Connection(asyncio.BufferedProtocol):
         self._export = export
         self._size = export.backend.size
         self._dialect = dialect(agreement)
-        self._requests = Requests(extended=agreement.extended, received=handshake.rest())
+        self._share = self._server.budget.enter()
+        self._requests = Requests(
+            extended=agreement.extended,
+            received=handshake.rest(),
+            space=self._server.space,
+            share=self._share,
+        )
         self._handshake = None
-        self._space = memoryview(b"")
         export.connections.add(self)
         if transport.get_extra_info("ssl_object") is None:
             self._descriptor = transport.get_extra_info("socket").fileno()
@@ -288,7 +312,7 @@ class Connection(asyncio.BufferedProtocol):
             not self._ending
             and not self._writing_paused
             and len(self._tasks) < MAX_REQUESTS
-            and self._bytes < MAX_BYTES
+            and (self._share.held < LEAST or self._share.room > 0)
         )
 
     def _schedule(self) -> None:
@@ -304,7 +328,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._ending and not self._tasks:
             transport.close()
             return
-        pause = self._ending or self._scheduled or not self._may_begin() or self._requests.full
+        requests = self._requests
+        pause = self._ending or self._scheduled or requests.starved or requests.full or not self._may_begin()
         if pause != self._reading_paused:
             self._reading_paused = pause
             if pause:
@@ -313,36 +338,44 @@ class Connection(asyncio.BufferedProtocol):
                 transport.resume_reading()
 
     def _begin(self, request: Request) -> None:
+        if request.command >= LONG:
+            self._begin_long(request)
+            return
         export = self._export
         assert export is not None
         try:
             check(request, self._agreement, self._size, writable=export.writable)
         except RequestError as refusal:
+            self._share.give(len(request.payload))
             self._put(self._dialect.error(request, refusal.number, str(refusal)))
             return
-        length = request.length
-        if (
-            length <= _BATCH
-            and length
-            and (
-                request.command == wire.CMD_READ
-                or (
-                    request.command == wire.CMD_WRITE
-                    and length <= _SMALL_WRITE
-                    and not request.flags & wire.CMD_FLAG_FUA
-                    and not export.writethrough
-                )
-            )
-        ):
-            batch = self._batch
+        if self._goes_with_others(request):
+            batch, length = self._batch, request.length
             if batch and (batch[0].command != request.command or self._batch_size + length > _BATCH):
                 self._serve_batch()
-                batch = self._batch
-            batch.append(request)
+            self._batch.append(request)
             self._batch_size += length
             return
         self._serve_batch()
         eager.begin(self._serve(request), self._keep)
+
+    def _goes_with_others(self, request: Request) -> bool:
+        """Whether this is a small read or write, of a kind that is served together with its like."""
+        length, export = request.length, self._used
+        if request.command == wire.CMD_READ:
+            # Where holes may be told of, only what is known to be none.
+            return 0 < length <= _BATCH and (
+                length < _SPARSE
+                or not self._dialect.in_pieces
+                or bool(request.flags & wire.CMD_FLAG_DF)
+                or export.is_data(request.offset, length)
+            )
+        return (
+            request.command == wire.CMD_WRITE
+            and 0 < length <= _SMALL_WRITE
+            and not request.flags & wire.CMD_FLAG_FUA
+            and not export.writethrough
+        )
 
     def _serve_batch(self) -> None:
         """Begin the small reads, or writes, that came one after the other: together they cost less."""
@@ -367,7 +400,6 @@ class Connection(asyncio.BufferedProtocol):
             start = end
 
     async def _write_batch(self, batch: list[Request], size: int) -> None:
-        self._bytes += size
         try:
             outcomes = await self._used.backend.pwrite_many(
                 [(request.offset, request.payload) for request in batch]
@@ -380,16 +412,37 @@ class Connection(asyncio.BufferedProtocol):
             for request in batch:
                 self._put(self._failure(request, error))
         finally:
-            self._bytes -= size
+            self._share.give(size)
 
     def _failure(self, request: Request, error: Exception) -> bytes:
         """The reply to a request that failed."""
         if isinstance(error, OSError):
-            number = wire.ERRORS.get(error.errno or 0, wire.EIO)
+            number = wire.error_number(error)
         else:
             _logger.error("an NBD request failed: %r", request[:5], exc_info=error)
             number = wire.EIO
         return self._dialect.error(request, number, _FAILURES[request.command])
+
+    def _begin_long(self, request: Request) -> None:
+        """Take note of a write whose payload follows, or begin with a piece of it."""
+        long = self._long
+        if long is None:
+            self._long = long = LongWrite(request._replace(command=request.command - LONG))
+            try:
+                check(long.request, self._agreement, self._size, writable=self._used.writable)
+            except RequestError as refusal:
+                long.fail(refusal.number, str(refusal))
+            return
+        long.missing -= request.length
+        if not long.missing:
+            self._long = None
+        if long.failure is None:
+            long.under_way += 1
+            eager.begin(self._serve_piece(long, request), self._keep)
+            return
+        self._share.give(request.length)
+        if long.done:
+            self._put(self._dialect.error(long.request, *long.failure))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
@@ -404,41 +457,82 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _serve(self, request: Request) -> None:
         """Serve a request and answer it, come what may."""
-        size = request.length if request.command in (wire.CMD_READ, wire.CMD_WRITE) else 0
-        self._bytes += size
+        command, length = request.command, request.length
+        size = 0
+        if command == wire.CMD_WRITE:
+            size = length
+        elif command == wire.CMD_READ and length > LEAST:
+            # Shorter ones are few enough not to matter.
+            in_pieces = self._dialect.in_pieces and not request.flags & wire.CMD_FLAG_DF
+            size = min(length, PIECE) if in_pieces else length
+            self._share.take(size)
         try:
-            await _SERVERS[request.command](self, request)
+            await _SERVERS[command](self, request)
         except _Gone:
             pass
         except Exception as error:
             self._put(self._failure(request, error))
         finally:
-            self._bytes -= size
+            if size:
+                self._share.give(size)
+
+    async def _serve_piece(self, long: LongWrite, piece: Request) -> None:
+        """Write a piece; after the last one answer."""
+        try:
+            await self._used.backend.pwrite(piece.offset, piece.payload, counted=False)
+        except OSError as error:
+            long.fail(wire.error_number(error), _FAILURES[wire.CMD_WRITE])
+        except Exception:
+            _logger.exception("an NBD request failed: %r", piece[:5])
+            long.fail(wire.EIO, _FAILURES[wire.CMD_WRITE])
+        finally:
+            long.under_way -= 1
+            self._share.give(piece.length)
+        if not long.done:
+            return
+        # To the statistics it is one request.
+        accounting, time = self._used.backend.accounting, perf_counter_ns() - long.began
+        if long.failure is None:
+            accounting.done("wr", long.request.length, time)
+            await self._serve(long.request._replace(command=LONG | wire.CMD_WRITE))
+        else:
+            accounting.failed("wr", time)
+            self._put(self._dialect.error(long.request, *long.failure))
 
     async def _read(self, request: Request) -> None:
         _, _, _, offset, length, _ = request
-        backend = self._used.backend
         dialect = self._dialect
-        if length > _PIECE and dialect.in_pieces and not request.flags & wire.CMD_FLAG_DF:
-            end = offset + length
-            while offset < end:
-                await self._wait_for_room()
-                piece = min(_PIECE, end - offset)
-                data = await backend.pread(offset, piece)
-                self._put(dialect.data(request, offset, piece, done=offset + piece == end), data)
-                offset += piece
-            return
-        if length:
-            data = await backend.pread(offset, length)
+        if length >= _SPARSE and dialect.in_pieces and not request.flags & wire.CMD_FLAG_DF:
+            await self._read_in_pieces(request)
+        elif length:
+            data = await self._used.backend.pread(offset, length)
             self._put(dialect.data(request, offset, length), data)
         else:
             self._put(dialect.data(request, offset, 0))
+
+    async def _read_in_pieces(self, request: Request) -> None:
+        """Answer a long read: data in pieces, holes by their lengths."""
+        dialect, export = self._dialect, self._used
+        offset = request.offset
+        end = offset + request.length
+        while offset < end:
+            length, zero = await export.run(offset, end - offset)
+            if zero:
+                self._put(dialect.hole(request, offset, length, done=offset + length == end))
+            else:
+                if request.length > PIECE:
+                    await self._wait_for_room()
+                length = min(PIECE, length)
+                data = await export.backend.pread(offset, length)
+                self._put(dialect.data(request, offset, length, done=offset + length == end), data)
+            offset += length
 
     async def _write(self, request: Request) -> None:
         await self._used.backend.pwrite(request.offset, request.payload)
         await self._written(request)
 
     async def _write_zeroes(self, request: Request) -> None:
+        self._used.forget_data()
         await self._used.backend.write_zeroes(
             request.offset,
             request.length,
@@ -448,6 +542,7 @@ class Connection(asyncio.BufferedProtocol):
         await self._written(request)
 
     async def _trim(self, request: Request) -> None:
+        self._used.forget_data()
         await self._used.backend.discard(request.offset, request.length)
         await self._written(request)
 
@@ -464,7 +559,7 @@ class Connection(asyncio.BufferedProtocol):
     async def _cache(self, request: Request) -> None:
         offset, end = request.offset, request.offset + request.length
         while offset < end:
-            piece = min(_PIECE, end - offset)
+            piece = min(PIECE, end - offset)
             await self._used.backend.pread(offset, piece)
             offset += piece
             await asyncio.sleep(0)
@@ -581,6 +676,7 @@ _SERVERS: Final[Mapping[int, Callable[[Connection, Request], Awaitable[None]]]] 
     wire.CMD_CACHE: Connection._cache,
     wire.CMD_WRITE_ZEROES: Connection._write_zeroes,
     wire.CMD_BLOCK_STATUS: Connection._block_status,
+    LONG | wire.CMD_WRITE: Connection._written,
 }
 
 

@@ -46,6 +46,8 @@ class NBDExport:
         self.writethrough = writethrough
         self._contexts = CONTEXTS if allocation_depth else CONTEXTS[:1]
         self.connections: set[Connection] = set()
+        #: The range that was last seen to be no hole.
+        self._data = (0, 0)
 
     def offer(self) -> Offer:
         """What a client hears of it during the handshake."""
@@ -57,6 +59,35 @@ class NBDExport:
             minimum_block=self.backend.node.request_alignment,
             contexts=self._contexts,
         )
+
+    async def run(self, offset: int, length: int) -> tuple[int, bool]:
+        """How far the bytes from `offset` on are alike, at most `length`, and whether they are zeroes.
+
+        Asking a file takes a while, so what is no hole is remembered, as far as it reaches; if it has
+        become one since, it is read as what it is: zeroes.
+
+        :raise OSError: as for a read.
+        """
+        start, end = self._data
+        if not start <= offset < end:
+            # The disk may have become shorter.
+            ask = max(length, self.backend.size - offset)
+            status = await self.backend.block_status(offset, ask)
+            if status.zero:
+                return min(length, status.length), True
+            joined = offset <= start <= offset + status.length
+            end = max(end, offset + status.length) if joined else offset + status.length
+            self._data = offset, end
+        return min(length, end - offset), False
+
+    def is_data(self, offset: int, length: int) -> bool:
+        """Whether these bytes were no hole when they were last asked about."""
+        start, end = self._data
+        return start <= offset and offset + length <= end
+
+    def forget_data(self) -> None:
+        """What was no hole may be one now."""
+        self._data = (0, 0)
 
     async def disconnect(self) -> None:
         """Part from all clients; the requests that were begun are finished first."""

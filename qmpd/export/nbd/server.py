@@ -15,9 +15,11 @@ from time import perf_counter
 from typing import Any, Final
 
 from qmpd.errors import Error
+from qmpd.export.nbd.budget import Budget
 from qmpd.export.nbd.connection import Connection
 from qmpd.export.nbd.export import NBDExport
 from qmpd.export.nbd.handshake import Offer
+from qmpd.export.nbd.transmission import BUFFER_SIZE
 from qmpd.sockets import listen_on
 
 _logger = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ _MODE: Final = 0o600
 _BREATH: Final = 0.1
 #: Seconds for which all clients together may keep the rest of the daemon waiting.
 _TURN: Final = 0.002
+#: Bytes of data that the requests of all clients together may hold.
+_BUDGET: Final = 32 << 20
 #: <sys/un.h>: the size of sun_path.
 _PATH_SIZE: Final = 108
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -66,6 +70,9 @@ class NBDServer:
         #: Clients that are between accept(2) and `joined`.
         self._entering = 0
         self._turn_ends = 0.0
+        #: Where all clients receive: each has it only until it has looked at what came.
+        self.space = memoryview(bytearray(BUFFER_SIZE))
+        self.budget = Budget(_BUDGET)
         #: Path, device and inode of the socket's file, which is removed in the end.
         self._made: tuple[str, int, int] | None = None
 

@@ -4,8 +4,8 @@ Sources: proto.md, sections "Transmission", "Metadata querying" and
 "Transmission phase".
 
 :class:`Requests` is where a transport puts what it receives: small things into
-a buffer that many requests share, and the rest of a long write straight into
-the memory that is then handed on.  The three ways of replying are three
+a buffer that all clients of a server share, and the rest of a long write straight
+into the memory that is then handed on.  The three ways of replying are three
 :class:`Dialect` objects with the same methods, so that nobody else has to ask
 what was negotiated.
 """
@@ -15,15 +15,25 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Final, NamedTuple
 
+from qmpd.block.buffers import unset
 from qmpd.export.nbd import wire
+from qmpd.export.nbd.budget import LEAST, Share
 from qmpd.export.nbd.handshake import Agreement, Disconnect
 
 #: Bytes of the buffer that requests come in by.
 BUFFER_SIZE: Final = 128 << 10
 #: When so many bytes of a write's payload are missing they are received where they belong.
 _LONG: Final = 32 << 10
+
+#: The ends of pieces of a payload are multiples of this many bytes.
+_SECTORS: Final = 4096
+#: Added to the command of a request whose payload follows in pieces; and the command of a piece.
+#: On the wire a command has 16 bits.
+LONG: Final = 1 << 16
+PIECE_OF_LONG: Final = 1 << 17
 
 #: Magic, flags, command, cookie, offset, length.
 _REQUEST: Final = struct.Struct(">IHHQQI")
@@ -75,79 +85,167 @@ class Requests:
 
     :param extended: the client uses extended headers.
     :param received: bytes that came too early.
+    :param space: where bytes are received, :data:`BUFFER_SIZE` of them.  It may be shared: from
+        `get_buffer` to `settle` it is this object's, in between it is anybody's.
+    :param share: what payloads are taken from; without it there is no limit.
+
+    A payload for which there is no room at once, or which is longer than a piece, comes in
+    several requests: one with the command :data:`LONG` added, without any of the payload, then as
+    many :data:`PIECE_OF_LONG` as it takes, each with the place of its part.
     """
 
-    def __init__(self, *, extended: bool, received: bytes = b"") -> None:
+    def __init__(
+        self,
+        *,
+        extended: bool,
+        received: bytes = b"",
+        space: memoryview | None = None,
+        share: Share | None = None,
+    ) -> None:
         self._header, self._magic = (
             (_EXTENDED_REQUEST, wire.EXTENDED_REQUEST_MAGIC) if extended else (_REQUEST, wire.REQUEST_MAGIC)
         )
         self._extended = extended
-        self._buffer = bytearray(max(BUFFER_SIZE, len(received)))
-        self._view = memoryview(self._buffer)
-        self._view[: len(received)] = received
+        self._space = memoryview(bytearray(BUFFER_SIZE)) if space is None else space
+        self._share = share
+        #: What has come and was not taken out: `_buffer` from `_start` to `_end`.
+        self._buffer = memoryview(received)
         self._start, self._end = 0, len(received)
         #: The request whose payload is being received, and the part that is missing.
         self._request: Request | None = None
         self._missing = _NOTHING
+        #: What is to come of a long payload, after the piece that is being received.
+        self._rest: Request | None = None
+        #: Whether nothing more can be received until the client's requests have given memory back.
+        self.starved = False
 
     def get_buffer(self) -> memoryview:
-        """Where the next bytes are to go.  Never empty."""
-        if len(self._missing) >= _LONG and self._start == self._end:
-            return self._missing
+        """Where the next bytes are to go.  Never empty, unless this is `full`."""
+        self.settle()
         if self._start == self._end:
-            self._start = self._end = 0
-        elif self._end == len(self._buffer):
-            waiting = self._end - self._start
-            self._buffer[:waiting] = self._buffer[self._start :]
-            self._start, self._end = 0, waiting
-        return self._view[self._end :]
+            return self._missing if len(self._missing) >= _LONG else self._space
+        waiting = self._end - self._start
+        self._space[:waiting] = self._buffer[self._start : self._end]
+        return self._space[waiting:]
 
     def buffer_updated(self, length: int) -> None:
         """So many bytes were put where :meth:`get_buffer` said."""
-        if len(self._missing) >= _LONG and self._start == self._end:
+        waiting = self._end - self._start
+        if not waiting and len(self._missing) >= _LONG:
             self._missing = self._missing[length:]
         else:
-            self._end += length
+            self._buffer, self._start, self._end = self._space, 0, waiting + length
+
+    def settle(self) -> None:
+        """Leave the space to others; what was not taken out is kept elsewhere."""
+        if self._buffer is self._space:
+            self._buffer = memoryview(bytes(self._space[self._start : self._end]))
+            self._start, self._end = 0, self._end - self._start
 
     @property
     def full(self) -> bool:
         """Whether there is no room before something is taken out."""
-        return self._end - self._start >= len(self._buffer)
+        return self._end - self._start >= len(self._space)
 
     def next(self) -> Request | None:
-        """The next request, or None until more bytes have come.
+        """The next request, or None until more bytes have come, or, if `starved`, more memory is free.
 
         :raise Disconnect: if this is no NBD request.
         :raise TooLong: if its payload is too long.
         """
         request = self._request
         if request is None:
-            start = self._start
-            header = self._header
-            if self._end - start < header.size:
-                return None
-            magic, flags, command, cookie, offset, length = header.unpack_from(self._buffer, start)
-            if magic != self._magic:
-                raise Disconnect(f"a request with the magic {magic:#x}")
-            self._start = start + header.size
-            has_payload = command == wire.CMD_WRITE or (self._extended and flags & wire.CMD_FLAG_PAYLOAD_LEN)
-            if not has_payload or not length:
-                return Request(flags, command, cookie, offset, length, _NOTHING)
-            if length > wire.MAX_PAYLOAD:
-                raise TooLong(Request(flags, command, cookie, offset, length, _NOTHING))
-            self._missing = memoryview(bytearray(length))
-            request = Request(flags, command, cookie, offset, length, self._missing)
+            if self._rest is not None:
+                request = self._next_piece(self._rest)
+                if request is None:
+                    return None
+            else:
+                start = self._start
+                header = self._header
+                if self._end - start < header.size:
+                    return None
+                magic, flags, command, cookie, offset, length = header.unpack_from(self._buffer, start)
+                if magic != self._magic:
+                    raise Disconnect(f"a request with the magic {magic:#x}")
+                self._start = start + header.size
+                has_payload = command == wire.CMD_WRITE or (
+                    self._extended and flags & wire.CMD_FLAG_PAYLOAD_LEN
+                )
+                if not has_payload or not length:
+                    return Request(flags, command, cookie, offset, length, _NOTHING)
+                if length > wire.MAX_PAYLOAD:
+                    raise TooLong(Request(flags, command, cookie, offset, length, _NOTHING))
+                share = self._share
+                if share is not None:
+                    if length > share.room:
+                        self._rest = Request(flags, PIECE_OF_LONG, cookie, offset, length, _NOTHING)
+                        return Request(flags, LONG | command, cookie, offset, length, _NOTHING)
+                    share.take(length)
+                self._missing = unset(length)
+                request = Request(flags, command, cookie, offset, length, self._missing)
             self._request = request
         missing = self._missing
         if missing:
             there = min(len(missing), self._end - self._start)
-            missing[:there] = self._view[self._start : self._start + there]
+            missing[:there] = self._buffer[self._start : self._start + there]
             self._start += there
             self._missing = missing[there:]
             if there < len(missing):
                 return None
         self._request = None
         return request
+
+    def _next_piece(self, rest: Request) -> Request | None:
+        assert self._share is not None
+        length = rest.length
+        room = self._share.room
+        if length > room:
+            # Very small pieces cost more than waiting; and none should end in the middle of a sector.
+            length = room - (rest.offset + room) % _SECTORS if room >= LEAST else 0
+        self.starved = not length
+        if self.starved:
+            return None
+        self._share.take(length)
+        left = rest.length - length
+        self._rest = rest._replace(offset=rest.offset + length, length=left) if left else None
+        self._missing = unset(length)
+        return rest._replace(length=length, payload=self._missing)
+
+    def drop(self) -> None:
+        """Give back the memory of a payload of which not all has come."""
+        if self._request is not None:
+            if self._share is not None:
+                self._share.give(len(self._request.payload))
+            self._request = None
+        self._rest, self._missing, self._buffer = None, _NOTHING, _NOTHING
+        self._start = self._end = 0
+
+
+class LongWrite:
+    """A write whose payload comes in pieces, each of which is written as soon as it is there.
+
+    :param request: the one that it began with, as the client sent it.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        #: On `perf_counter_ns`.
+        self.began = perf_counter_ns()
+        #: Bytes that are still to come, and pieces that are being written.
+        self.missing = request.length
+        self.under_way = 0
+        #: The error on the wire, and a text, of what failed first; nothing is written any more.
+        self.failure: tuple[int, str] | None = None
+
+    def fail(self, number: int, text: str) -> None:
+        """Note what went wrong, unless something had before."""
+        if self.failure is None:
+            self.failure = number, text
+
+    @property
+    def done(self) -> bool:
+        """Whether it can be answered."""
+        return not self.missing and not self.under_way
 
 
 # -- what a request may be
@@ -218,10 +316,9 @@ def check(request: Request, agreement: Agreement, size: int, *, writable: bool) 
         if not agreement.contexts:
             raise RequestError(wire.EINVAL, "CMD_BLOCK_STATUS not negotiated")
     if offset + length > size:
-        # Section "Error values": a write beyond the end is ENOSPC, all else EINVAL.
-        no_space = request.command in (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES)
+        # Section "Error values" would have ENOSPC for writes; QEMU's clients hear this.
         raise RequestError(
-            wire.ENOSPC if no_space else wire.EINVAL,
+            wire.EINVAL,
             f"operation past EOF; From: {offset}, Len: {length}, Size: {size}",
         )
 
@@ -235,6 +332,8 @@ _CHUNK_OFFSET: Final = struct.Struct(">IHHQIQ")
 #: Magic, flags, type, cookie, offset, length.
 _EXTENDED: Final = struct.Struct(">IHHQQQ")
 _EXTENDED_OFFSET: Final = struct.Struct(">IHHQQQQ")
+#: Offset, length.
+_HOLE: Final = struct.Struct(">QI")
 _ERROR: Final = struct.Struct(">IH")
 
 #: Runs of equal status: (length in bytes, flags).
@@ -252,6 +351,10 @@ class Dialect:
     def data(self, request: Request, offset: int, length: int, *, done: bool = True) -> bytes:
         """What goes before `length` bytes read at `offset`."""
         return _SIMPLE.pack(wire.SIMPLE_REPLY_MAGIC, 0, request.cookie)
+
+    def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
+        """A chunk of a read in pieces: `length` bytes at `offset` are zeroes."""
+        raise NotImplementedError
 
     def success(self, request: Request) -> bytes:
         """The whole reply to a request that went well and returns nothing."""
@@ -289,6 +392,10 @@ class StructuredDialect(Dialect):
             length + 8,
             offset,
         )
+
+    def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
+        """An OFFSET_HOLE chunk: `length` bytes at `offset` are zeroes."""
+        return self._chunk(request, wire.REPLY_TYPE_OFFSET_HOLE, _HOLE.pack(offset, length), done=done)
 
     def success(self, request: Request) -> bytes:
         """A read is answered by chunks; all else may have a simple reply, which is shorter."""

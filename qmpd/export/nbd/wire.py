@@ -92,6 +92,7 @@ REPLY_FLAG_DONE: Final = 1 << 0
 
 REPLY_TYPE_NONE: Final = 0
 REPLY_TYPE_OFFSET_DATA: Final = 1
+REPLY_TYPE_OFFSET_HOLE: Final = 2
 REPLY_TYPE_BLOCK_STATUS: Final = 5
 REPLY_TYPE_BLOCK_STATUS_EXT: Final = 6
 REPLY_TYPE_ERROR: Final = (1 << 15) + 1
@@ -109,11 +110,12 @@ EOVERFLOW: Final = 75
 ENOTSUP: Final = 95
 ESHUTDOWN: Final = 108
 
-#: What a system's error is on the wire; any other is EIO.
-ERRORS: Final[Mapping[int, int]] = {
+#: What a system's error is on the wire, in QEMU as here; any other is EINVAL.
+_ERRORS: Final[Mapping[int, int]] = {
     errno.EPERM: EPERM,
     errno.EACCES: EPERM,
     errno.EROFS: EPERM,
+    errno.EIO: EIO,
     errno.ENOMEM: ENOMEM,
     errno.EINVAL: EINVAL,
     errno.ENOSPC: ENOSPC,
@@ -123,6 +125,12 @@ ERRORS: Final[Mapping[int, int]] = {
     errno.EOPNOTSUPP: ENOTSUP,
     errno.ESHUTDOWN: ESHUTDOWN,
 }
+
+
+def error_number(error: OSError) -> int:
+    """The error on the wire for one of the system's."""
+    return _ERRORS.get(error.errno or 0, EINVAL)
+
 
 # -- sizes
 
