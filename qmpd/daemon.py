@@ -104,7 +104,7 @@ class Daemon:
         :param options: NbdServerOptions, validated.
         :raise Error: if there is one already, or it can't listen.
         """
-        await block_export.nbd_server_start(self._parts, options)
+        await block_export.start_nbd_server(self._parts, options)
 
     async def add_export(self, options: dict[str, Any]) -> None:
         """Make an export.
