@@ -21,6 +21,7 @@ from qmpd.jobs import Jobs
 from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.server import Monitor
+from qmpd.monitor.throttle import EventThrottle
 from qmpd.qapi import load, schema_directory
 from qmpd.qom.devices import Devices
 from qmpd.qom.object import Chardev as ChardevObject
@@ -43,6 +44,7 @@ class Daemon:
 
     def __init__(self, *, stdout: TextIO | None = None, announce: Announce | None = None) -> None:
         self.schema = load(schema_directory())
+        self._events = EventThrottle(self._tell)
         self._objects = ObjectTree(self.schema)
         self._graph = Graph(DRIVERS, secrets=self._objects.secret_bytes)
         self._jobs = Jobs(self._emit)
@@ -161,6 +163,7 @@ class Daemon:
         await self._jobs.close()
         await self._exports.close()
         self._devices.close()
+        self._events.close()
         # Nobody comes in any more; then those who are there are taken leave of.
         await self._chardevs.close()
         for monitor in self._monitors:
@@ -169,8 +172,11 @@ class Daemon:
         self._objects.close()
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
+        self._events.emit(name, data)
+
+    def _tell(self, name: str, data: dict[str, Any], nanoseconds: int) -> None:
         for monitor in self._monitors:
-            monitor.emit(name, data)
+            monitor.emit(name, data, nanoseconds)
 
 
 def _say(text: str) -> None:

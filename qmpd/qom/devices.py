@@ -69,9 +69,6 @@ _SCSI_FIXED_QUEUES: Final = 2
 _VIRTIO_SERIAL_MAX: Final = 20
 _SCSI_SERIAL_MAX: Final = 36
 
-#: The values of `werror` that stop the machine, some of the time at least; "auto" means "enospc".
-_STOPPING: Final = frozenset({"auto", "enospc", "stop"})
-
 #: What a guest's disk lets others do with its node.
 _SHARED: Final = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED | Permission.RESIZE
 
@@ -244,9 +241,9 @@ class Devices:
             device_id=device.device_id,
             perm=perm,
             shared=shared,
-            removable=device.values["removable"],
-            write_cache=device.values["write-cache"] != "off",
-            stops_on_error=device.values["werror"] in _STOPPING or device.values["rerror"] == "stop",
+            qom_path=path if device.model.inner is None else f"{path}/virtio-backend",
+            values=device.values,
+            emit=self._emit,
         )
         disk.attach(node)
         device.backend = disk
