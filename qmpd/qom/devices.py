@@ -290,6 +290,8 @@ class Devices:
         node = self._graph.lookup(name, name)
         backend = device.inner.backend
         assert backend is not None, "a disk has a backend as long as it is plugged in"
+        if backend.in_flight:
+            raise Error(f"Device '{device.device_id or device.path}' has requests under way")
         before, place = backend.node, self._graph.backends.index(backend)
         backend.detach()
         try:
