@@ -18,7 +18,6 @@ import os
 import re
 import ssl
 import sys
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -313,10 +312,10 @@ class Anonymous(TLSCredentials):
         # OpenSSL's level 1 already means to know the other side.
         context.set_ciphers("ADH+AES:@SECLEVEL=0")
         if self._values["endpoint"] == "server":
-            with tempfile.NamedTemporaryFile() as parameters:
+            # OpenSSL reads them from a file only.
+            with open(os.memfd_create("dh-params"), "wb", buffering=0) as parameters:
                 parameters.write(_FFDHE2048)
-                parameters.flush()
-                context.load_dh_params(parameters.name)
+                context.load_dh_params(f"/proc/self/fd/{parameters.fileno()}")
             if "dir" in self._given:
                 self._load_dh_parameters(context)
         return context

@@ -6,10 +6,8 @@ import asyncio
 import errno
 import logging
 import os
-import secrets
 import socket
 import ssl
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from time import perf_counter
@@ -108,7 +106,7 @@ class NBDServer:
         path: str = address["path"]
         abstract = bool(address.get("abstract"))
         if not path and not abstract:
-            path = f"{tempfile.gettempdir()}/qmpd-socket-{secrets.token_hex(8)}"
+            path = f"{os.environ.get('TMPDIR', '/tmp')}/qmpd-socket-{os.urandom(8).hex()}"
         name = encoded(path)
         # Linux takes one byte more for a name in the file system, and Python doesn't.
         if len(name) >= PATH_SIZE:
