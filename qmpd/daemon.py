@@ -22,6 +22,7 @@ from qmpd.jobs import Jobs
 from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.server import Monitor
+from qmpd.monitor.throttle import EventThrottle
 from qmpd.qapi import load, schema_directory
 from qmpd.qom.devices import Devices
 from qmpd.qom.object import Chardev as ChardevObject
@@ -51,6 +52,7 @@ class Daemon:
         cipher_processes: int = 0,
     ) -> None:
         self.schema = load(schema_directory())
+        self._events = EventThrottle(self._tell)
         self._objects = ObjectTree(self.schema)
         self._graph = Graph(
             DRIVERS,
@@ -116,7 +118,7 @@ class Daemon:
         :param options: NbdServerOptions, validated.
         :raise Error: if there is one already, or it can't listen.
         """
-        await block_export.nbd_server_start(self._parts, options)
+        await block_export.start_nbd_server(self._parts, options)
 
     async def add_export(self, options: dict[str, Any]) -> None:
         """Make an export.
@@ -173,6 +175,7 @@ class Daemon:
         await self._jobs.close()
         await self._exports.close()
         self._devices.close()
+        self._events.close()
         # Nobody comes in any more; then those who are there are taken leave of.
         await self._chardevs.close()
         for monitor in self._monitors:
@@ -181,8 +184,11 @@ class Daemon:
         self._objects.close()
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
+        self._events.emit(name, data)
+
+    def _tell(self, name: str, data: dict[str, Any], nanoseconds: int) -> None:
         for monitor in self._monitors:
-            monitor.emit(name, data)
+            monitor.emit(name, data, nanoseconds)
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,7 @@ device is unplugged, what was begun is finished first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
@@ -61,6 +61,8 @@ class Hotplug:
             self._devices.take_out(device)
             raise Error(f"NBD server already has export named '{door.name}'")
         self._doors[device] = door
+        change = device.setters["drive"]
+        device.setters = {**device.setters, "drive": lambda name: self._change_drive(device, change, name)}
         self.open_doors()
 
     def open_doors(self) -> None:
@@ -69,6 +71,22 @@ class Hotplug:
         if server is not None:
             for door in self._doors.values():
                 server.exports.setdefault(door.name, door)
+
+    async def _change_drive(
+        self, device: Device, change: Callable[[Any], Awaitable[None] | None], name: str
+    ) -> None:
+        """Let a device with a door use another node.
+
+        A client that is there already goes by the size and the abilities of the node that it was told of.
+
+        :raise Error: if there is a client, or the device can't use that node.
+        """
+        door = self._doors.get(device)
+        if door is not None and door.connections:
+            raise Error(f"Device '{device.device_id}' is in use by an NBD client")
+        changed = change(name)
+        if changed is not None:
+            await changed
 
     async def delete(self, device_id: str) -> None:
         """Unplug a device, after the doors of it and of all that is plugged into it were closed.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 
@@ -50,13 +50,20 @@ def write(
     server: Kind = SERVER,
     client: Kind = CLIENT,
     password: bytes | None = None,
+    signer: ec.EllipticCurvePrivateKey | None = None,
+    server_key: rsa.RSAPrivateKey | None = None,
 ) -> Path:
-    """Write all files of the credentials "tls-creds-x509" into `directory`."""
+    """Write all files of the credentials "tls-creds-x509" into `directory`.
+
+    :param signer: the authority's key; a new one if it is not given.
+    :param server_key: an elliptic one if it is not given.
+    """
     directory.mkdir(exist_ok=True)
-    signer = ec.generate_private_key(ec.SECP256R1())
+    signer = signer or ec.generate_private_key(ec.SECP256R1())
     (directory / "ca-cert.pem").write_bytes(_certificate(authority, signer, authority, signer))
     for role, kind in (("server", server), ("client", client)):
-        key = ec.generate_private_key(ec.SECP256R1())
+        own = server_key if role == "server" else None
+        key = own or ec.generate_private_key(ec.SECP256R1())
         (directory / f"{role}-cert.pem").write_bytes(_certificate(kind, key, authority, signer))
         (directory / f"{role}-key.pem").write_bytes(
             key.private_bytes(
@@ -68,13 +75,34 @@ def write(
     return directory
 
 
+def revoke(directory: Path, signer: ec.EllipticCurvePrivateKey) -> None:
+    """Let the authority take back the client's certificate in a directory that `write` made."""
+    now = datetime.datetime.now(datetime.UTC)
+    client = x509.load_pem_x509_certificate((directory / "client-cert.pem").read_bytes())
+    revoked = (
+        x509.RevokedCertificateBuilder().serial_number(client.serial_number).revocation_date(now).build()
+    )
+    revocations = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(_name(AUTHORITY))
+        .last_update(now - datetime.timedelta(days=1))
+        .next_update(now + datetime.timedelta(days=1))
+        .add_revoked_certificate(revoked)
+        .sign(signer, hashes.SHA256())
+    )
+    (directory / "ca-crl.pem").write_bytes(revocations.public_bytes(serialization.Encoding.PEM))
+
+
 def wrong(kind: Kind, **changes: object) -> Kind:
     """A kind that differs in one respect."""
     return replace(kind, **changes)  # type: ignore[arg-type]
 
 
 def _certificate(
-    kind: Kind, key: ec.EllipticCurvePrivateKey, issuer: Kind, signer: ec.EllipticCurvePrivateKey
+    kind: Kind,
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey,
+    issuer: Kind,
+    signer: ec.EllipticCurvePrivateKey,
 ) -> bytes:
     now = datetime.datetime.now(datetime.UTC)
     builder = (

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from nbd_wire import Wire
 
 from qmpd.block.backend import Backend
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.errors import Error
 from qmpd.export.exports import Exports
-from qmpd.hotplug import Hotplug
+from qmpd.hotplug import Hotplug, _places
 from qmpd.qapi import load, schema_directory
 from qmpd.qom.devices import Devices
 from qmpd.qom.tree import ObjectTree
@@ -171,6 +173,104 @@ async def test_the_uri_leads_to_the_door(
     assert server is not None
     port = str(server.addresses[0][1])
     assert house.hotplug.nbd_uri(house.backend(device_id)) == uri.format(tmp_path).replace("*", port)
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        (("0.0.0.0", 10809), "://127.0.0.1:10809/d"),
+        (("::", 10809, 0, 0), "://[::1]:10809/d"),
+        (("fe80::1", 10809, 0, 2), "://[fe80::1]:10809/d"),
+        ((1, 10809), None),
+        (b"\0abstract", None),
+        ("", None),
+    ],
+)
+def test_the_uri_names_an_address_that_can_be_reached(address: Any, place: str | None) -> None:
+    assert list(_places([address], "d")) == ([] if place is None else [place])
+
+
+async def test_the_uri_says_that_tls_is_needed(house: House, tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    await house.exports.start_nbd_server(house.address, credentials=lambda: context)
+    house.plug("d", "n")
+    assert house.hotplug.nbd_uri(house.backend("d")) == f"nbds+unix:///d?socket={tmp_path}/nbd.sock"
+
+
+async def test_an_abstract_socket_has_no_uri(house: House, tmp_path: Path) -> None:
+    await house.exports.start_nbd_server({"type": "unix", "path": str(tmp_path), "abstract": True})
+    house.plug("d", "n")
+    assert house.served == {"d": True}
+    assert house.hotplug.nbd_uri(house.backend("d")) is None
+
+
+def taken(directory: Path) -> Wire:
+    """A client of the door "d"."""
+    client = Wire(directory / "nbd.sock")
+    client.go("d")
+    return client
+
+
+async def change_drive(house: House, name: str) -> None:
+    """Let the device "d" use the node `name`."""
+    change = house.devices.find("d").device.change("drive", name)
+    assert change is not None
+    await change
+
+
+async def test_clients_are_parted_from_when_the_server_stops_and_come_back_by_the_same_door(
+    house: House, tmp_path: Path
+) -> None:
+    await house.start_server()
+    house.plug("d", "n")
+    for _ in range(2):
+        client = await asyncio.to_thread(taken, tmp_path)
+        await house.exports.stop_nbd_server()
+        assert await asyncio.to_thread(client.socket.recv, 1) == b""
+        client.close()
+        await house.start_server()
+    assert house.served == {"d": True}
+    assert house.events == []
+
+
+async def test_a_device_gets_another_node_when_nobody_uses_its_door(house: House, tmp_path: Path) -> None:
+    await house.graph.add({"driver": "null-co", "node-name": "large", "size": 4 << 20})
+    await house.start_server()
+    house.plug("d", "n")
+    client = await asyncio.to_thread(taken, tmp_path)
+    with pytest.raises(Error, match="^Device 'd' is in use by an NBD client$"):
+        await change_drive(house, "large")
+    assert house.backend("d").node.name == "n"
+    client.close()
+    (door,) = (house.exports.nbd_server or pytest.fail("no server")).exports.values()
+    while door.connections:
+        await asyncio.sleep(0)
+    with pytest.raises(Error, match="^Block node is read-only$"):
+        await change_drive(house, "ro")
+    await change_drive(house, "large")
+    assert door.offer().size == 4 << 20
+    await house.graph.delete("n")
+
+
+async def test_a_device_gets_another_node_when_no_request_is_under_way_any_more(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.plug("d", "n")
+    backend, release = house.backend("d"), asyncio.Event()
+
+    async def slow_flush() -> None:
+        await release.wait()
+
+    monkeypatch.setattr(backend.node, "flush", slow_flush)
+    request = asyncio.create_task(backend.flush())
+    await asyncio.sleep(0)
+    change = asyncio.create_task(change_drive(house, "m"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert backend.node.name == "n"
+    release.set()
+    await asyncio.gather(request, change)
+    assert backend.node.name == "m"
 
 
 async def test_the_uri_of_someone_else_s_export_is_not_a_disk_s(house: House) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import perf_counter_ns
 
 KINDS = ("rd", "wr", "flush", "unmap", "zone_append")
 
@@ -30,6 +31,8 @@ class Accounting:
 
     count_invalid: bool = True
     count_failed: bool = True
+    #: When the last request ended, on `perf_counter_ns`; 0 if there was none.
+    last: int = 0
     counters: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
 
     def done(self, kind: str, size: int, nanoseconds: int) -> None:
@@ -41,6 +44,7 @@ class Accounting:
         counter.operations += 1
         counter.bytes += size
         counter.time += nanoseconds
+        self.last = perf_counter_ns()
 
     def failed(self, kind: str, nanoseconds: int) -> None:
         """Count a request that the storage refused."""
@@ -48,3 +52,4 @@ class Accounting:
         counter.failed += 1
         if self.count_failed:
             counter.time += nanoseconds
+            self.last = perf_counter_ns()

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qmpd.block.accounting import Accounting
 from qmpd.block.edge import Edge
@@ -154,7 +154,7 @@ class Backend:
         took = perf_counter_ns() - started
         for (_, length), done in zip(requests, served, strict=True):
             if done:
-                self.accounting.done("rd", length, took)
+                self._succeeded("rd", length, took)
         return served
 
     async def pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
@@ -162,11 +162,11 @@ class Backend:
         started = await self._turn() if self._queues else perf_counter_ns()
         outcomes = await self._run(None, 0, self.node.pwrite_many(writes), started)
         took = perf_counter_ns() - started
-        for (_, data), failure in zip(writes, outcomes, strict=True):
+        for number, ((_, data), failure) in enumerate(zip(writes, outcomes, strict=True)):
             if failure is None:
-                self.accounting.done("wr", len(data), took)
-            else:
-                self.accounting.failed("wr", took)
+                self._succeeded("wr", len(data), took)
+            elif self._failed("wr", len(data), took, failure):
+                outcomes[number] = None
         return outcomes
 
     async def write_zeroes(
@@ -213,17 +213,31 @@ class Backend:
         try:
             result = await request
             if kind is not None:
-                self.accounting.done(kind, size, perf_counter_ns() - started)
+                self._succeeded(kind, size, perf_counter_ns() - started)
             return result
-        except OSError:
-            if kind is not None:
-                self.accounting.failed(kind, perf_counter_ns() - started)
-            raise
+        except OSError as error:
+            if kind is None or not self._failed(kind, size, perf_counter_ns() - started, error):
+                raise
+            # Nobody is to hear of it.
+            ignored: Any = bytes(size) if kind == "rd" else None
+            return cast(T, ignored)
         finally:
             self._in_flight -= 1
             if self._idle is not None and not self._in_flight:
                 self._idle.set_result(None)
                 self._idle = None
+
+    def _succeeded(self, kind: str, size: int, took: int) -> None:
+        """Count a request.
+
+        :param took: in nanoseconds.
+        """
+        self.accounting.done(kind, size, took)
+
+    def _failed(self, kind: str, size: int, took: int, error: OSError) -> bool:
+        """Count a request that failed; returns whether whoever made it is not to hear of that."""
+        self.accounting.failed(kind, took)
+        return False
 
     # -- drained sections
 

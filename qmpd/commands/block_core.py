@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from time import perf_counter_ns
 from typing import Any, Final
 
 from qmpd.block import inspection
@@ -182,14 +183,14 @@ def block_info(backend: Backend, nbd_uri: str | None = None) -> dict[str, Any]:
 
     :param nbd_uri: where NBD clients find it, if they do.
 
-    There is an I/O status where an error may stop the machine.  A device with an
+    There is an I/O status where in QEMU an error may stop the machine.  A device with an
     empty id has a name that can't be told from none.
     """
     assert isinstance(backend, GuestDisk), "only devices have disks"
     inserted = block_device_info(backend.node)
     inserted["cache"]["writeback"] = backend.write_cache
     return {
-        **({"io-status": "ok"} if backend.stops_on_error else {}),
+        **({"io-status": backend.io_status} if backend.stops_on_error else {}),
         "device": backend.name,
         "locked": False,
         "removable": backend.removable,
@@ -209,6 +210,8 @@ def device_stats(accounting: Accounting, write_highest_offset: int) -> dict[str,
         "account_failed": accounting.count_failed,
         "timed_stats": [],
     }
+    if accounting.last:
+        stats["idle_time_ns"] = perf_counter_ns() - accounting.last
     for kind, counter in accounting.counters.items():
         stats[f"{kind}_operations"] = counter.operations
         stats[f"{kind}_total_time_ns"] = counter.time

@@ -7,19 +7,33 @@ from functools import partial
 from typing import Any, Final
 
 from qmpd.commands.parts import Handler, Parts
+from qmpd.errors import Error
+
+#: In QEMU's words, where "QEMU" is the program with a machine in it.
+_NO_DESCRIPTORS: Final = "only QEMU supports file descriptor passing"
 
 
 async def nbd_server_start(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Start the NBD server for a client."""
+    if arguments["addr"]["type"] == "fd":
+        # A client can't pass descriptors, and the daemon's own ones are none of its business.
+        raise Error("NBD server already running" if parts.exports.nbd_server else _NO_DESCRIPTORS)
+    return await start_nbd_server(parts, arguments)
+
+
+async def start_nbd_server(parts: Parts, options: dict[str, Any]) -> dict[str, Any]:
     """Start the NBD server; `addr` is a SocketAddressLegacy or a SocketAddress."""
-    credentials, authorization = arguments.get("tls-creds"), arguments.get("tls-authz")
+    tls_creds, tls_authz = options.get("tls-creds"), options.get("tls-authz")
     # Members that are absent leave the defaults to the server.
     limits = {
-        name.replace("-", "_"): arguments[name]
+        name.replace("-", "_"): options[name]
         for name in ("max-connections", "handshake-max-seconds")
-        if name in arguments
+        if name in options
     }
-    tls = None if credentials is None else parts.objects.tls_server_context(credentials, authorization)
-    await parts.exports.start_nbd_server(arguments["addr"], tls=tls, **limits)
+    credentials = None
+    if tls_creds is not None:
+        credentials = partial(parts.objects.tls_server_context, tls_creds, tls_authz)
+    await parts.exports.start_nbd_server(options["addr"], credentials=credentials, **limits)
     parts.hotplug.open_doors()
     return {}
 

@@ -63,25 +63,30 @@ class Exports:
         *,
         max_connections: int = MAX_CONNECTIONS,
         handshake_max_seconds: float = HANDSHAKE_SECONDS,
-        tls: ssl.SSLContext | None = None,
+        credentials: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         """Listen for NBD clients.
 
         :param addr: SocketAddressLegacy or SocketAddress, validated.
         :param max_connections: how many clients are served at once; 0 for any number.
         :param handshake_max_seconds: what a client has for its handshake; 0 for ever.
-        :param tls: with it clients have to start TLS.
-        :raise Error: if there is a server already, or it can't listen there.
+        :param credentials: gives what TLS needs, which clients have to start then.  It is asked when the
+            server listens already, so that of two mistakes a client is told of the one that QEMU tells of.
+        :raise Error: if there is a server already, it can't listen there, or has no credentials.
         """
         if self._server is not None:
             raise Error("NBD server already running")
-        server = NBDServer(max_connections=max_connections, handshake_seconds=handshake_max_seconds, tls=tls)
+        server = NBDServer(max_connections=max_connections, handshake_seconds=handshake_max_seconds)
         # Taken at once, so that of two commands at the same time one is refused.
         self._server = server
         try:
             await server.listen(addr)
+            if credentials is not None:
+                # Nobody has come in yet: there was no waiting since.
+                server.tls = credentials()
         except BaseException:
             self._server = None
+            await server.close()
             raise
 
     async def stop_nbd_server(self, *, keep_file: bool = False) -> None:

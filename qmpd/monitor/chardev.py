@@ -20,7 +20,6 @@ import errno
 import logging
 import os
 import socket
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +30,7 @@ from qmpd.errors import Error
 from qmpd.monitor import peers
 from qmpd.monitor.server import ProtocolFactory
 from qmpd.monitor.stdio import StandardStreams
-from qmpd.sockets import listen_on
+from qmpd.sockets import PATH_SIZE, listen_on, make_room, resolve
 
 _logger = logging.getLogger(__name__)
 
@@ -44,8 +43,6 @@ _DEFAULT_MODE: Final = 0o600
 _BACKLOG: Final = 4096
 #: Seconds to wait before accepting again when there are no descriptors left.
 _BREATH: Final = 0.1
-#: <sys/un.h>: the size of sun_path.  A name that fills it needs no zero at its end.
-_PATH_SIZE: Final = 108
 
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -218,11 +215,11 @@ class SocketChardev(Chardev):
             self._first = passed
 
     def _listen_unix(self, path: str) -> None:
-        if len(os.fsencode(path)) > _PATH_SIZE:
-            raise Error(f"UNIX socket path '{path}' is too long\nPath must be less than {_PATH_SIZE} bytes")
         abstract = path.startswith("\0")
+        if len(os.fsencode(path)) > (PATH_SIZE if abstract else PATH_SIZE - 1):
+            raise Error(f"UNIX socket path '{path}' is too long\nPath must be less than {PATH_SIZE} bytes")
         if not abstract:
-            _make_room(path)
+            make_room(path)
         listener = socket.socket(socket.AF_UNIX)
         self._listeners.append(listener)
         listener.setblocking(False)
@@ -245,12 +242,7 @@ class SocketChardev(Chardev):
         listener.listen(_BACKLOG)
 
     async def _open_tcp(self, host: str, port: str) -> None:
-        loop = asyncio.get_running_loop()
-        flags = socket.AI_PASSIVE if self.config.server else 0
-        try:
-            found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
-        except socket.gaierror as error:
-            raise Error(f"address resolution failed for {host}:{port}: {error.args[1]}") from None
+        found = await resolve(host, port, passive=self.config.server)
         if self.config.server:
             self._listen_tcp(found)
             return
@@ -264,10 +256,7 @@ class SocketChardev(Chardev):
         self._address = f"tcp:{host}:{port}"
 
     def _listen_tcp(self, found: list[Any]) -> None:
-        try:
-            self._listeners += listen_on(found, _BACKLOG)
-        except OSError as error:
-            raise Error(f"Failed to find an available port: {error.strerror}") from None
+        self._listeners += listen_on(found, _BACKLOG)
         name = self._listeners[0].getsockname()
         self._address = f"tcp:{name[0]}:{name[1]}"
 
@@ -402,31 +391,11 @@ class SocketChardev(Chardev):
             self._first = None
 
 
-def _make_room(path: str) -> None:
-    """Remove what stands where a socket is to be made.
-
-    QEMU removes any file.  Here it has to be a socket or empty (as mktemp(1) makes it), so that a
-    slip of the pen costs nobody a disk image.
-
-    :raise Error: if it can't be removed, or has contents.
-    """
-    try:
-        there = os.lstat(path)
-        if stat.S_ISREG(there.st_mode) and there.st_size:
-            raise Error(f"Failed to bind socket to {path}: there is a file that is not empty")
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        if error.errno != errno.ENOTDIR:
-            raise Error(f"Failed to unlink socket {path}: {error.strerror}") from None
-
-
 def _shown(path: str) -> str:
     """A UNIX socket's path as QEMU shows it."""
     if not path.startswith("\0"):
         return path
-    tight = "" if len(path) == _PATH_SIZE else ",tight=on"
+    tight = "" if len(path) == PATH_SIZE else ",tight=on"
     return path.strip("\0") + ",abstract=on" + tight
 
 

@@ -288,14 +288,15 @@ class Monitor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def emit(self, name: str, data: Mapping[str, Any]) -> None:
+    def emit(self, name: str, data: Mapping[str, Any], nanoseconds: int | None = None) -> None:
         """Send an event to every client that has negotiated, in order with its replies.
 
         :param name: the event, such as JOB_STATUS_CHANGE.
         :param data: its members; if there are none, `data` is left out of the message.
+        :param nanoseconds: when it happened, since the epoch; None for now.
         """
         if self._connections:
-            encoded = encode(event(name, data), pretty=self.pretty)
+            encoded = encode(event(name, data, nanoseconds), pretty=self.pretty)
             for connection in list(self._connections):
                 connection.tell(encoded)
 

@@ -71,6 +71,8 @@ class Device(DeviceHalf):
         self.hotplugged = hotplugged
         #: The properties' values, in QAPI's form.
         self.values: dict[str, Any] = {**REALIZED, **DEFAULTS}
+        #: The names of those that the client gave.
+        self.given: frozenset[str] = frozenset()
         #: The bus that it provides.
         self.own_bus: Bus | None = None
         #: Changes the properties that may be changed while it is plugged in; by name.

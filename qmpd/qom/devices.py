@@ -66,11 +66,12 @@ _GEOMETRY_MAX: Final = (("cyls", 65535), ("heads", 255), ("secs", 255))
 
 _MAX_QUEUES: Final = 1024
 _SCSI_FIXED_QUEUES: Final = 2
-_VIRTIO_SERIAL_MAX: Final = 20
+_ACPI_INDEX_MAX: Final = (1 << 14) - 1
+#: The most sectors that a virtio disk can discard or zero at once: less than 2 GiB.
+_MAX_REQUEST_SECTORS: Final = (1 << 22) - 1
+#: What a SCSI disk calls itself is its serial number unless it is told, and has no more room.
+_SCSI_DEVICE_ID_MAX: Final = 20
 _SCSI_SERIAL_MAX: Final = 36
-
-#: The values of `werror` that stop the machine, some of the time at least; "auto" means "enospc".
-_STOPPING: Final = frozenset({"auto", "enospc", "stop"})
 
 #: What a guest's disk lets others do with its node.
 _SHARED: Final = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED | Permission.RESIZE
@@ -120,6 +121,7 @@ class Devices:
         name = self._reserve_name(device_id)
         self._set_properties(device, options)
         node = self._drive(device, options)
+        self._check_pci(device)
         self._place(device)
         path = f"/machine/{'peripheral-anon' if device_id is None else 'peripheral'}/{name}"
         _PREPARE[model.family](device, node)
@@ -195,6 +197,7 @@ class Devices:
         self._check_boot_index(values.get("bootindex", -1), device)
         if "iothread" in values:
             values["iothread"] = self._iothread(values["iothread"])
+        device.given = frozenset(values)
         device.values.update((name, value) for name, value in values.items() if name not in HISTORIC)
 
     def _check_boot_index(self, index: int, device: Device) -> None:
@@ -222,6 +225,16 @@ class Devices:
             raise Error(f"Property '{owner}.drive' can't find value '{name}'")
         return node
 
+    def _check_pci(self, device: Device) -> None:
+        """See what a PCI device says about its number and its ROM."""
+        index, size = device.values["acpi-index"], device.values["romsize"]
+        if index > _ACPI_INDEX_MAX:
+            raise Error(f"acpi-index should be less or equal to {_ACPI_INDEX_MAX}")
+        if index and any(other.values["acpi-index"] == index for other in self._all()):
+            raise Error(f"a PCI device with acpi-index = {index} already exist")
+        if size != AUTO_UINT32 and (not size or size & (size - 1)):
+            raise Error(f"ROM size {size} is not a power of two")
+
     def _place(self, device: Device) -> None:
         match device.bus:
             case PCIBus():
@@ -244,9 +257,9 @@ class Devices:
             device_id=device.device_id,
             perm=perm,
             shared=shared,
-            removable=device.values["removable"],
-            write_cache=device.values["write-cache"] != "off",
-            stops_on_error=device.values["werror"] in _STOPPING or device.values["rerror"] == "stop",
+            qom_path=path if device.model.inner is None else f"{path}/virtio-backend",
+            values=device.values,
+            emit=self._emit,
         )
         disk.attach(node)
         device.backend = disk
@@ -498,6 +511,11 @@ def _settle_geometry(device: Device, node: Node) -> None:
             raise Error(f"{name} must be between 1 and {most}")
 
 
+def _check_io_thread(device: Device) -> None:
+    if device.values["iothread"] and not device.values["ioeventfd"]:
+        raise Error("ioeventfd is required for iothread")
+
+
 def _prepare_virtio_blk(device: Device, node: Node | None) -> None:
     _settle_virtio(device)
     disk, values = _prepare_disk(device, node), device.values
@@ -514,7 +532,14 @@ def _prepare_virtio_blk(device: Device, node: Node | None) -> None:
         raise Error(f"invalid queue-size property ({size}), must be > 2")
     _settle_geometry(device, disk)
     _settle_block_sizes(device)
-    values["serial"] = values["serial"][:_VIRTIO_SERIAL_MAX]
+    for feature in ("discard", "write-zeroes"):
+        sectors = values[f"max-{feature}-sectors"]
+        if values[feature] and not 1 <= sectors <= _MAX_REQUEST_SECTORS:
+            raise Error(
+                f"invalid max-{feature}-sectors property ({sectors}), "
+                f"must be between 1 and {_MAX_REQUEST_SECTORS}"
+            )
+    _check_io_thread(device)
     if values["vectors"] == AUTO_UINT32:
         values["vectors"] = values["num-queues"] + 1
 
@@ -530,6 +555,7 @@ def _prepare_virtio_scsi(device: Device, node: Node | None) -> None:
             f"Invalid number of queues (= {values['num_queues']}), "
             f"must be a positive integer less than {most}."
         )
+    _check_io_thread(device)
     if values["vectors"] == AUTO_UINT32:
         values["vectors"] = values["num_queues"] + _SCSI_FIXED_QUEUES + 1
 
@@ -540,6 +566,13 @@ def _prepare_scsi_disk(device: Device, node: Node | None) -> None:
     _settle_geometry(device, disk)
     if len(values["serial"]) > _SCSI_SERIAL_MAX:
         raise Error(f"The serial number can't be longer than {_SCSI_SERIAL_MAX} characters")
+    if "device_id" not in device.given and values["serial"]:
+        if len(values["serial"]) > _SCSI_DEVICE_ID_MAX:
+            raise Error(
+                f"The serial number can't be longer than {_SCSI_DEVICE_ID_MAX} characters "
+                "when it is also used as the default for device_id"
+            )
+        values["device_id"] = values["serial"]
     if values["discard_granularity"] == _UNSET_DISCARD:
         values["discard_granularity"] = 4096
 

@@ -23,7 +23,7 @@ from qmpd.qom.models import DEFAULTS, device_property_types
 from qmpd.qom.object import OBJECT_TYPE_NAMES, Chardev, Container, Object, schema_properties
 from qmpd.qom.secret import Secret, check_utf8
 from qmpd.qom.throttle_group import ThrottleGroup
-from qmpd.qom.tls_creds import PreSharedKeys, TLSCredentials, X509Credentials
+from qmpd.qom.tls_creds import Anonymous, PreSharedKeys, TLSCredentials, X509Credentials
 from qmpd.qom.types import TYPES, implements
 from qmpd.qom.user_creatable import UserCreatable
 
@@ -33,6 +33,7 @@ _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _CREATABLE: Final[Mapping[str, type[UserCreatable]]] = {
     class_.qom_type: class_
     for class_ in (
+        Anonymous,
         AuthorizationList,
         IOThread,
         PreSharedKeys,

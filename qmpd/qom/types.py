@@ -46,6 +46,7 @@ _TABLE: Final = (
     TypeInfo("authz-list", "authz", interfaces=_USER, struct="AuthZListProperties"),
     TypeInfo("authz-simple", "authz", interfaces=_USER, struct="AuthZSimpleProperties"),
     TypeInfo("tls-creds", "object", abstract=True, struct="TlsCredsProperties"),
+    TypeInfo("tls-creds-anon", "tls-creds", interfaces=_USER, struct="TlsCredsAnonProperties"),
     TypeInfo("tls-creds-psk", "tls-creds", interfaces=_USER, struct="TlsCredsPskProperties"),
     TypeInfo("tls-creds-x509", "tls-creds", interfaces=_USER, struct="TlsCredsX509Properties"),
     TypeInfo("chardev", "object", abstract=True),

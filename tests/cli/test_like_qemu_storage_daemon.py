@@ -136,6 +136,13 @@ WRONG = [
             "addr.type=inet,addr.host=127.0.0.1,addr.port=abc",
             "addr.type=fd,addr.str=99",
             "addr.type=fd,addr.str=0",
+            "addr.type=fd,addr.str=abc",
+            "addr.type=fd,addr.str=",
+            "addr.type=fd,addr.str=-1",
+            "addr.type=fd,addr.str=0x5",
+            "addr.type=fd,addr.str=9999999999",
+            "addr.type=vsock,addr.cid=1,addr.port=x",
+            "addr.type=inet,addr.host=127.0.0.1,addr.port=0,addr.ipv4=off,addr.ipv6=off",
         )
     ),
     ["--nbd-server", "addr.type=unix,addr.path=s", "--nbd-server", "addr.type=unix,addr.path=t"],

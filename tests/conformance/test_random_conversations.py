@@ -231,14 +231,13 @@ ON_ERROR: Final = ("report", "ignore", "enospc", "stop", "auto")
 BLOCK_SIZES: Final = (0, 512, 512, 4096, 1 << 20)
 REQUEST_SIZES: Final = (0, 512, 4096, 65536, 777, 1 << 26)
 NUMBERS: Final = (0, 1, 2, 255, 256, 65535, 65536)
-#: qmpd takes more, and 0 too, where QEMU has limits.
+#: All within the limits, which are in a case of their own.
 DISCARD_SECTORS: Final = (1, 2, 65536, (1 << 22) - 1)
 
 #: What disks have in common.  None of these values is refused as such, but some are when the device is
 #: made.
 DISK_PROPERTIES: Final[Options] = {
-    # QEMU's scsi-hd refuses longer ones that become its device_id, and virtio-blk shows all of them;
-    # qmpd takes them all, and shows 20 characters of virtio-blk's.
+    # Longer ones, which scsi-hd refuses if they become its device_id, are in a case of their own.
     "serial": (0.15, ("abc", "", "s" * 20)),
     "share-rw": (0.4, (True, True, False)),
     "write-cache": (0.05, ON_OFF_AUTO),
@@ -259,9 +258,9 @@ DISK_PROPERTIES: Final[Options] = {
 }
 
 #: Without those that qmpd keeps but does not check as QEMU does: iommu_platform (not together with the
-#: oldest virtio), acpi-index (once, and up to 16383), romfile, romsize, failover_pair_id, and ioeventfd,
-#: which must be on where there is an iothread.  Only virtio-blk-pci has an iothread here: in QEMU disks
-#: on a virtio-scsi-pci that has one keep virtio-blk-pci away from their nodes.
+#: oldest virtio), romfile, failover_pair_id; acpi-index, romsize and ioeventfd are in a case of their own.
+#: Only virtio-blk-pci has an iothread here: in QEMU disks on a virtio-scsi-pci that has one keep
+#: virtio-blk-pci away from their nodes.
 PCI_PROPERTIES: Final[Options] = {
     # Not slots 0 and 1, which in QEMU belong to the chip set; not slot 31, because with a device there
     # QEMU refuses all that leave their slot open; no functions but 0, because QEMU unplugs a slot as a

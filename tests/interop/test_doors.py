@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -106,3 +107,24 @@ def test_quit_tells_of_the_end_of_exports_before_it_answers(house: RunningDaemon
         event["data"]["id"] for event in house.monitor.events if event["event"] == "BLOCK_EXPORT_DELETED"
     ]
     assert deleted == ["second", "first"]
+
+
+@pytest.mark.peer("qemu-io")
+def test_a_client_whose_write_the_storage_refuses_is_told_and_so_is_the_monitor(house: RunningDaemon) -> None:
+    uri = plug(house, "d", "n")
+    resource.prlimit(house.process.pid, resource.RLIMIT_FSIZE, (SIZE // 2, SIZE // 2))
+    command = ("qemu-io", "-f", "raw", "-c", f"write {SIZE // 2} 4k", "-c", "write 0 4k", uri)
+    done = subprocess.run(command, cwd=house.directory, capture_output=True, text=True, check=False)
+    assert "write failed" in done.stdout + done.stderr
+    assert "wrote 4096/4096 bytes at offset 0" in done.stdout
+    assert house.monitor.wait_event("BLOCK_IO_ERROR")["data"] == {
+        "device": "",
+        "node-name": "n",
+        "qom-path": "/machine/peripheral/d/virtio-backend",
+        "operation": "write",
+        "action": "report",
+        "nospace": False,
+        "reason": "File too large",
+    }
+    counted = statistics(house)
+    assert (counted["failed_wr_operations"], counted["wr_operations"]) == (1, 1)

@@ -429,7 +429,7 @@ async def test_tls_clients_are_served_and_others_are_told_to_use_it(tmp_path: Pa
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "server-cert.pem", directory / "server-key.pem")
     served = Served(tmp_path)
-    await served.start(tls=context)
+    await served.start(credentials=lambda: context)
     data = os.urandom(SIZE)
     served.image.write_bytes(data)
     secured = f"nbds+unix://localhost/f?socket={served.socket}&tls-certificates={directory}"

@@ -187,7 +187,7 @@ def test_the_tree_shows_both_halves_of_a_virtio_device(devices: Devices, tree: O
     assert tree.get("d", "virtio-backend") == f"{PERIPHERAL}/d/virtio-backend"
     for path in (f"{PERIPHERAL}/d", f"{PERIPHERAL}/d/virtio-backend"):
         values = {name: tree.get(path, name) for name in ("drive", "num-queues", "serial", "heads")}
-        assert values == {"drive": "n", "num-queues": 1, "serial": "s" * 20, "heads": 16}
+        assert values == {"drive": "n", "num-queues": 1, "serial": "s" * 30, "heads": 16}
     assert tree.get(f"{PERIPHERAL}/d/virtio-backend", "type") == "virtio-blk-device"
     assert tree.get("d", "parent_bus") == "/machine/pci.0"
     shown = {each["name"] for each in tree.properties(f"{PERIPHERAL}/d/virtio-backend")}

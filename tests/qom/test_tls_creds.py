@@ -8,6 +8,7 @@ from typing import Any
 import certificates
 import pytest
 from certificates import AUTHORITY, CLIENT, EMAIL, SERVER, wrong
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from qmpd.errors import Error
 from qmpd.qom.tls_creds import distinguished_name, read_pre_shared_keys
@@ -233,6 +234,35 @@ async def test_a_client_without_a_certificate_does_not_come_in(tree: ObjectTree,
 def test_a_name_is_written_as_gnutls_does(tmp_path: Path) -> None:
     pem = (certificates.write(tmp_path) / "client-cert.pem").read_text()
     assert distinguished_name(ssl.PEM_cert_to_DER_cert(pem)) == "O=qmpd,CN=client"
+
+
+@pytest.mark.parametrize(
+    ("priority", "oldest", "newest"),
+    [
+        ("", "TLSv1_2", "TLSv1_3"),
+        ("SECURE256:%SERVER_PRECEDENCE:-VERS-TLS1.0", "TLSv1_2", "TLSv1_3"),
+        ("NORMAL:-VERS-TLS1.3", "TLSv1_2", "TLSv1_2"),
+        ("NORMAL:-VERS-TLS-ALL:+VERS-TLS1.3:+CIPHER-ALL", "TLSv1_3", "TLSv1_3"),
+        ("NONE:+VERS-ALL", "TLSv1_2", "TLSv1_3"),
+    ],
+)
+async def test_versions_are_those_that_the_priority_leaves(
+    tree: ObjectTree, tmp_path: Path, priority: str, oldest: str, newest: str
+) -> None:
+    await add(tree, "t", certificates.write(tmp_path), priority=priority)
+    context = tree.tls_server_context("t")
+    assert (context.minimum_version.name, context.maximum_version.name) == (oldest, newest)
+
+
+async def test_a_priority_without_any_version_is_refused(tree: ObjectTree, tmp_path: Path) -> None:
+    with pytest.raises(Error, match=r"^Priority 'NORMAL:-VERS-ALL' leaves no version of TLS"):
+        await add(tree, "t", certificates.write(tmp_path), priority="NORMAL:-VERS-ALL")
+
+
+async def test_a_weak_key_is_not_said_to_be_a_wrong_one(tree: ObjectTree, tmp_path: Path) -> None:
+    certificates.write(tmp_path, server_key=rsa.generate_private_key(65537, 1024))
+    with pytest.raises(Error, match="OpenSSL does not take it: EE_KEY_TOO_SMALL"):
+        await add(tree, "t", tmp_path)
 
 
 # -- pre-shared keys

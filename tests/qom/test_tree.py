@@ -123,6 +123,7 @@ def test_types_are_listed_by_what_they_implement(tree: ObjectTree) -> None:
         "iothread",
         "secret",
         "throttle-group",
+        "tls-creds-anon",
         "tls-creds-psk",
         "tls-creds-x509",
     }

@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import ssl
-import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from time import perf_counter
@@ -20,7 +19,15 @@ from qmpd.export.nbd.connection import Connection
 from qmpd.export.nbd.export import NBDExport
 from qmpd.export.nbd.handshake import Offer
 from qmpd.export.nbd.transmission import BUFFER_SIZE
-from qmpd.sockets import listen_on
+from qmpd.sockets import (
+    PATH_SIZE,
+    descriptor_number,
+    encoded,
+    listen_on,
+    make_room,
+    resolve,
+    vsock_address,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -33,8 +40,6 @@ _BREATH: Final = 0.1
 _TURN: Final = 0.002
 #: Bytes of data that the requests of all clients together may hold.
 _BUDGET: Final = 32 << 20
-#: <sys/un.h>: the size of sun_path.
-_PATH_SIZE: Final = 108
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 #: Bytes that the kernel buffers on a UNIX socket: a piece of data should fit.
 _SOCKET_BUFFER: Final = 1 << 20
@@ -47,7 +52,6 @@ class NBDServer:
         0 for no limit.
     :param handshake_seconds: a client that has not taken up an export by then is disconnected.
         0 for no limit.
-    :param tls: with it a client has to start TLS before anything else.
     """
 
     def __init__(
@@ -55,10 +59,10 @@ class NBDServer:
         *,
         max_connections: int = 0,
         handshake_seconds: float = 10,
-        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.handshake_seconds = handshake_seconds
-        self.tls = tls
+        #: With it a client has to start TLS before anything else.
+        self.tls: ssl.SSLContext | None = None
         #: By name, oldest first.
         self.exports: dict[str, NBDExport] = {}
         self._max_connections = max_connections
@@ -74,7 +78,9 @@ class NBDServer:
         self.space = memoryview(bytearray(BUFFER_SIZE))
         self.budget = Budget(_BUDGET)
         #: Path, device and inode of the socket's file, which is removed in the end.
-        self._made: tuple[str, int, int] | None = None
+        self._made: tuple[bytes, int, int] | None = None
+        #: Whether the kernel asks after clients that have been silent for long.
+        self._keep_alive = True
 
     def offers(self) -> Mapping[str, Offer]:
         """The exports as clients hear of them, oldest first."""
@@ -103,64 +109,68 @@ class NBDServer:
             self._accepting.append(asyncio.create_task(self._accept_all(listener)))
 
     async def _listen_unix(self, address: Mapping[str, Any]) -> None:
+        # Without a name it is one that nobody else has thought of; `query-block` tells it.
         path: str = address["path"]
         abstract = bool(address.get("abstract"))
-        if len(os.fsencode(path)) > _PATH_SIZE - abstract:
+        if not path and not abstract:
+            path = f"{os.environ.get('TMPDIR', '/tmp')}/qmpd-socket-{os.urandom(8).hex()}"
+        name = encoded(path)
+        # Linux takes one byte more for a name in the file system, and Python doesn't.
+        if len(name) >= PATH_SIZE:
             raise Error(f"UNIX socket path '{path}' is too long")
         listener = socket.socket(socket.AF_UNIX)
         self._listeners.append(listener)
         listener.setblocking(False)
+        if not abstract:
+            make_room(name)
         try:
             if abstract:
-                name = "\0" + path
-                listener.bind(name if address.get("tight", True) else name.ljust(_PATH_SIZE, "\0"))
+                name = b"\0" + name
+                listener.bind(name if address.get("tight", True) else name.ljust(PATH_SIZE, b"\0"))
             else:
-                _make_room(path)
                 # Linux gives the file the socket's mode, so that it is never open to others.
                 os.fchmod(listener.fileno(), _MODE)
-                listener.bind(path)
-                made = os.lstat(path)
-                self._made = path, made.st_dev, made.st_ino
+                listener.bind(name)
+                made = os.lstat(name)
+                self._made = name, made.st_dev, made.st_ino
             listener.listen(_BACKLOG)
         except OSError as error:
             raise Error(f"Failed to bind socket to {path}: {error.strerror}") from None
 
     async def _listen_inet(self, address: Mapping[str, Any]) -> None:
-        host, port = address["host"], address["port"]
-        families = {
-            (True, False): socket.AF_INET,
-            (False, True): socket.AF_INET6,
-        }
-        family = families.get((address.get("ipv4", False), address.get("ipv6", False)), socket.AF_UNSPEC)
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(
-                host or None, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-        except socket.gaierror as error:
-            raise Error(f"address resolution failed for {host}:{port}: {error.args[1]}") from None
-        try:
-            self._listeners += listen_on(found, _BACKLOG)
-        except OSError as error:
-            what = "find an available port" if error.errno == errno.EADDRINUSE else "bind socket"
-            raise Error(f"Failed to {what}: {error.strerror}") from None
+        found = await resolve(
+            address["host"],
+            address["port"],
+            numeric=address.get("numeric", False),
+            ipv4=address.get("ipv4"),
+            ipv6=address.get("ipv6"),
+        )
+        self._listeners += listen_on(
+            found, _BACKLOG, last_port=address.get("to"), mptcp=address.get("mptcp", False)
+        )
+        self._keep_alive = address.get("keep-alive", True)
 
     async def _listen_vsock(self, address: Mapping[str, Any]) -> None:
-        listener = socket.socket(socket.AF_VSOCK)
+        place = vsock_address(address["cid"], address["port"])
+        try:
+            listener = socket.socket(socket.AF_VSOCK)
+        except OSError as error:
+            raise Error(f"Failed to create socket: {error.strerror}") from None
         self._listeners.append(listener)
         listener.setblocking(False)
         try:
-            listener.bind((int(address["cid"]), int(address["port"])))
+            listener.bind(place)
             listener.listen(_BACKLOG)
-        except ValueError:
-            raise Error(f"Failed to parse cid '{address['cid']}' or port '{address['port']}'") from None
         except OSError as error:
             raise Error(f"Failed to bind socket: {error.strerror}") from None
 
     async def _listen_fd(self, address: Mapping[str, Any]) -> None:
         name: str = address["str"]
+        number = descriptor_number(name)
         try:
-            listener = socket.socket(fileno=os.dup(int(name)))
-        except (OSError, ValueError):
+            # If it can't be used, it stays as it is.
+            listener = socket.socket(fileno=os.dup(number))
+        except OSError:
             raise Error(f"File descriptor '{name}' is not a socket") from None
         listener.setblocking(False)
         self._listeners.append(listener)
@@ -168,6 +178,8 @@ class NBDServer:
             listener.listen(_BACKLOG)
         except OSError as error:
             raise Error(f"Failed to listen on fd socket: {error.strerror}") from None
+        # From now on it is the server's, and nobody listens there any more when that has stopped.
+        os.close(number)
 
     # -- clients
 
@@ -192,7 +204,7 @@ class NBDServer:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
                 else:
                     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, self._keep_alive)
             self._entering += 1
             try:
                 await loop.connect_accepted_socket(lambda: Connection(self), client)
@@ -266,20 +278,3 @@ _LISTEN: Final[Mapping[str, Any]] = {
     "vsock": NBDServer._listen_vsock,
     "fd": NBDServer._listen_fd,
 }
-
-
-def _make_room(path: str) -> None:
-    """Remove what stands where a socket is to be made.
-
-    QEMU removes any file.  Here it has to be a socket or empty, so that a slip of the pen costs
-    nobody a disk image.
-
-    :raise Error: if it has contents.
-    """
-    try:
-        there = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if stat.S_ISREG(there.st_mode) and there.st_size:
-        raise Error(f"Failed to bind socket to {path}: there is a file that is not empty")
-    os.unlink(path)
