@@ -56,7 +56,7 @@ class Daemon:
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit)
         self._exports = Exports(self._graph, self._emit)
-        self._hotplug = Hotplug(self._devices, self._exports)
+        self._hotplug = Hotplug(self._graph, self._devices, self._exports)
         self._chardevs = Chardevs(announce or _say)
         self._parts = Parts(
             schema=self.schema,

@@ -18,19 +18,17 @@ import errno
 import os
 import random
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from qmpd.block import backing
+from qmpd.block.backend import Backend
 from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission, names, on_backing
 from qmpd.errors import Error
-
-if TYPE_CHECKING:
-    from qmpd.block.backend import Backend
 
 T = TypeVar("T")
 
@@ -55,6 +53,26 @@ def _backing_failures() -> Iterator[None]:
         yield
     except Error as error:
         raise Error(_BACKING_FAILED + error.desc) from None
+
+
+class _Section:
+    """A drained section: the nodes that it is about, and the backends that it has stopped."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._nodes = tuple(nodes)
+        self.backends: list[Backend] = []
+
+    def stop_users(self) -> None:
+        """Stop the backends above that are not stopped yet."""
+        for backend in _users(self._nodes):
+            if backend not in self.backends:
+                backend.begin_drained()
+                self.backends.append(backend)
+
+    def end(self) -> None:
+        """Let them all go on."""
+        for backend in self.backends:
+            backend.end_drained()
 
 
 class Graph:
@@ -82,6 +100,7 @@ class Graph:
         self._nodes: dict[str, Node] = {}
         self.backends: list[Backend] = []
         self._generated = 0
+        self._sections: list[_Section] = []
         self._io_threads: ThreadPoolExecutor | None = None
         self._key_threads: ThreadPoolExecutor | None = None
 
@@ -99,6 +118,10 @@ class Graph:
     def disks(self) -> list[Backend]:
         """The disks of devices, oldest first."""
         return [backend for backend in self.backends if backend.qdev is not None]
+
+    def subtree(self, root: Node) -> list[Node]:
+        """`root` and all nodes below it, each before those that it uses."""
+        return _parents_first(root)
 
     def lookup(self, device: str | None, node_name: str | None) -> Node:
         """The node that a command means by its members `device` or `node-name`.
@@ -347,8 +370,10 @@ class Graph:
             raise Error(f"Node {name} is not owned by the monitor")
         if node.parents:
             raise Error(f"Block device {name} is in use")
-        node.monitor_owned = False
-        await self._dispose(node)
+        # Nobody is above, so nothing is under way; and nobody comes before it is gone.
+        async with self.drained(node):
+            node.monitor_owned = False
+            await self._dispose(node)
 
     async def _release(self, node: Node) -> None:
         """Close `node` if nobody uses or owns it (any more)."""
@@ -380,6 +405,32 @@ class Graph:
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
 
+    # -- draining
+
+    @contextlib.asynccontextmanager
+    async def drained(self, *nodes: Node) -> AsyncIterator[None]:
+        """A section in which no request is under way in these nodes.
+
+        Every backend above any of them, however far, is stopped: what it has begun is finished
+        before the body runs, and what comes meanwhile waits in the order in which it came until
+        the section has ended.  A backend that is attached above during the section is stopped as
+        well.  Sections may overlap and be nested: a backend goes on when the last one has ended.
+        They do not exclude each other.
+
+        The body makes its own requests through the nodes; those through a backend would wait for ever.
+        """
+        section = _Section(nodes)
+        self._sections.append(section)
+        try:
+            section.stop_users()
+            # More may be added to the end of the list on the way.
+            for backend in section.backends:
+                await backend.idle()
+            yield
+        finally:
+            self._sections.remove(section)
+            section.end()
+
     # -- edges and permissions
 
     def attach(self, parent: Parent, role: str, node: Node, perm: Permission, shared: Permission) -> Edge:
@@ -394,6 +445,8 @@ class Graph:
         except BaseException:
             node.parents.remove(edge)
             raise
+        for section in self._sections:
+            section.stop_users()
         return edge
 
     def detach(self, edge: Edge) -> None:
@@ -461,10 +514,19 @@ class Graph:
     # -- threads
 
     async def in_io_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function that may wait for storage in a thread."""
+        """Run a function that may wait for storage in a thread.
+
+        A thread can't be interrupted.  If the task is cancelled, the function has nevertheless
+        ended, or is never begun, when this returns: what it uses may be closed then.
+        """
         if self._io_threads is None:
             self._io_threads = ThreadPoolExecutor(IO_THREADS, "qmpd-io")
-        return await asyncio.get_running_loop().run_in_executor(self._io_threads, function, *arguments)
+        work = self._io_threads.submit(function, *arguments)
+        try:
+            return await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            await _end_of(work)
+            raise
 
     async def in_key_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a key derivation or another long computation in a thread."""
@@ -492,6 +554,34 @@ def check_unused_as_backing(node: Node) -> None:
     for edge in node.parents:
         if edge.name == "backing" and isinstance(edge.parent, Node):
             raise Error(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
+
+
+async def _end_of(work: Future[Any]) -> None:
+    """Return when a thread is done with `work`, whoever cancels the waiting."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    work.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+    while not ended.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await ended.wait()
+
+
+def _users(nodes: Iterable[Node]) -> Iterable[Backend]:
+    """The backends above these nodes, each once."""
+    found: dict[int, Backend] = {}
+    seen: set[int] = set()
+    above = list(nodes)
+    while above:
+        node = above.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        for edge in node.parents:
+            if isinstance(edge.parent, Node):
+                above.append(edge.parent)
+            elif isinstance(edge.parent, Backend):
+                found[id(edge.parent)] = edge.parent
+    return found.values()
 
 
 def _below(node: Node) -> dict[str, Node]:

@@ -8,6 +8,7 @@ is always a multiple of 512: a file's odd tail reads as zeroes.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -100,6 +101,7 @@ class Node(ABC):
         #: The end of the highest write so far, in bytes.
         self.write_highest_offset = 0
         self._writes = TrackedWrites()
+        self._resizing = asyncio.Lock()
         #: The name and the format of the backing image that the image's own header names; a driver
         #: that supports backing sets them in `open`.
         self.backing_filename: str | None = None
@@ -422,7 +424,9 @@ class Node(ABC):
         """
         if self.read_only:
             raise Error("Image is read-only")
-        await self._truncate(size, preallocation)
+        # Two at a time could leave the node with one size and its storage with the other.
+        async with self._resizing:
+            await self._truncate(size, preallocation)
 
     def _check_writable(self) -> None:
         if self.read_only:

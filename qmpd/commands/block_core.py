@@ -56,7 +56,9 @@ async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
         raise Error("Parameter 'size' expects a >0 size")
     check_unused_as_backing(node)
     with Backend(parts.graph, perm=Permission.RESIZE).use(node) as backend:
-        await backend.truncate(arguments["size"])
+        # What is below changes its size as well, and may have other users.
+        async with parts.graph.drained(*parts.graph.subtree(node)):
+            await backend.truncate(arguments["size"])
     return {}
 
 
