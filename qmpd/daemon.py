@@ -33,6 +33,11 @@ VERSION: Final[Mapping[str, Any]] = {
 }
 
 
+#: How deep Python's calls may be nested: a request passes up to `LONGEST_CHAIN` images, and
+#: each takes a handful of calls.
+_DEEPEST_CALLS: Final = 10_000
+
+
 class Daemon:
     """All of one storage daemon.  To be made inside a running event loop.
 
@@ -42,13 +47,16 @@ class Daemon:
     """
 
     def __init__(self, *, stdout: TextIO | None = None, announce: Announce | None = None) -> None:
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEEPEST_CALLS))
         self.schema = load(schema_directory())
         self._objects = ObjectTree(self.schema)
-        self._graph = Graph(DRIVERS, secrets=self._objects.secret_bytes)
+        self._graph = Graph(
+            DRIVERS, secrets=self._objects.secret_bytes, validate=self._validated_blockdev_options
+        )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit)
         self._exports = Exports(self._graph, self._emit)
-        self._hotplug = Hotplug(self._devices, self._exports)
+        self._hotplug = Hotplug(self._graph, self._devices, self._exports)
         self._chardevs = Chardevs(announce or _say)
         self._parts = Parts(
             schema=self.schema,
@@ -167,6 +175,11 @@ class Daemon:
             await monitor.close()
         await self._graph.close()
         self._objects.close()
+
+    def _validated_blockdev_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        validated: dict[str, Any] = self.schema.coerce("BlockdevOptions", options)
+        self.schema.validate("BlockdevOptions", validated)
+        return validated
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
         for monitor in self._monitors:

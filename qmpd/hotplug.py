@@ -18,6 +18,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from qmpd.block.backend import Backend
+from qmpd.block.graph import Graph
 from qmpd.errors import Error
 from qmpd.export.exports import Exports
 from qmpd.export.nbd.export import NBDExport
@@ -34,7 +35,8 @@ class Hotplug:
     :param exports: has the NBD server.
     """
 
-    def __init__(self, devices: Devices, exports: Exports) -> None:
+    def __init__(self, graph: Graph, devices: Devices, exports: Exports) -> None:
+        self._graph = graph
         self._devices = devices
         self._exports = exports
         #: Whether devices that are plugged in from now on get a door.
@@ -82,9 +84,11 @@ class Hotplug:
         try:
             for each in going:
                 await self._close_door(each)
+            disks = [each.inner.backend for each in going]
+            async with self._graph.drained(*(disk.node for disk in disks if disk is not None)):
+                self._devices.delete(device_id)
         finally:
             self._leaving.difference_update(going)
-        self._devices.delete(device_id)
 
     async def _close_door(self, device: Device) -> None:
         door = self._doors.pop(device, None)
@@ -94,7 +98,6 @@ class Hotplug:
         if server is not None and server.exports.get(door.name) is door:
             del server.exports[door.name]
         await door.disconnect()
-        await door.backend.drain()
 
     def nbd_uri(self, backend: Backend) -> str | None:
         """Where NBD clients find a disk; None if they don't.

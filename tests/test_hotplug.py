@@ -27,11 +27,11 @@ class House:
     def __init__(self, socket: Path) -> None:
         self.events: list[str] = []
         self.address = {"type": "unix", "path": str(socket)}
-        tree = ObjectTree(load(schema_directory()))
+        self.tree = tree = ObjectTree(load(schema_directory()))
         self.graph = Graph(DRIVERS, secrets=tree.secret_bytes)
         self.devices = Devices(self.graph, tree, self.emit)
         self.exports = Exports(self.graph, self.emit)
-        self.hotplug = Hotplug(self.devices, self.exports)
+        self.hotplug = Hotplug(self.graph, self.devices, self.exports)
         self.hotplug.doors = True
 
     def emit(self, name: str, data: dict[str, Any]) -> None:
@@ -179,3 +179,38 @@ async def test_the_uri_of_someone_else_s_export_is_not_a_disk_s(house: House) ->
     house.hotplug.doors = False
     house.plug("d", "n")
     assert house.hotplug.nbd_uri(house.backend("d")) is None
+
+
+async def test_a_disk_that_gets_another_node_finishes_what_it_has_begun_on_the_old_one(house: House) -> None:
+    options = {"driver": "null-co", "node-name": "slow", "latency-ns": 50_000_000}
+    await house.graph.add(options)
+    house.plug("d", "slow")
+    disk = house.backend("d")
+    begun = asyncio.create_task(disk.pread(0, 512))
+    await asyncio.sleep(0)
+    moving = house.tree.set("d", "drive", "n")
+    assert moving is not None
+    change = asyncio.ensure_future(moving)
+    await asyncio.sleep(0)
+    late = asyncio.create_task(disk.pread(0, 512))
+    await change
+    assert begun.done()
+    assert disk.node.name == "n"
+    await house.graph.delete("slow")
+    assert len(await late) == 512
+
+
+async def test_a_disk_is_unplugged_when_its_requests_have_ended(house: House) -> None:
+    await house.graph.add({"driver": "null-co", "node-name": "slow", "latency-ns": 50_000_000})
+    house.plug("d", "slow")
+    disk = house.backend("d")
+    begun = asyncio.create_task(disk.pread(0, 512))
+    await asyncio.sleep(0)
+    unplugged = asyncio.create_task(house.hotplug.delete("d"))
+    await asyncio.sleep(0)
+    late = asyncio.create_task(disk.pread(0, 512))
+    await unplugged
+    assert begun.done()
+    await house.graph.delete("slow")
+    with pytest.raises(OSError, match="No medium found"):
+        await late

@@ -4,11 +4,17 @@ A backend is the upper end of an edge called "root".  It takes permissions on
 its node, and requests go through it, so that it can count them.  A device's
 statistics are about what its guest does: what somebody else does through its
 backend (qemu-io on the monitor) is not `counted`.
+
+While the graph below it is changed a backend is *drained*
+(:meth:`qmpd.block.graph.Graph.drained`): what was begun has ended, and what
+comes meanwhile waits its turn here, before it has looked at a node.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+from collections import OrderedDict
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from time import perf_counter_ns
@@ -16,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpd.block.accounting import Accounting
 from qmpd.block.edge import Edge
-from qmpd.block.node import BlockStatus, Data, Node
+from qmpd.block.node import BlockStatus, Data, Node, errno_error
 from qmpd.block.permissions import Permission
 
 if TYPE_CHECKING:
@@ -53,7 +59,13 @@ class Backend:
         self.accounting = Accounting()
         self._edge: Edge | None = None
         self._in_flight = 0
-        self._drained: asyncio.Future[None] | None = None
+        self._idle: asyncio.Future[None] | None = None
+        #: How many drained sections it is in.
+        self._sections = 0
+        #: The requests that wait for them to end, oldest first.
+        self._waiting: OrderedDict[object, asyncio.Future[None]] = OrderedDict()
+        #: Whether a new request has to wait: there is a section, or somebody who came before.
+        self._queues = False
 
     def describe(self) -> str:
         """How a message names this backend as a parent."""
@@ -120,13 +132,18 @@ class Backend:
     async def pread(self, offset: int, length: int, *, counted: bool = True) -> Data:
         """The `length` bytes at `offset`.
 
-        :raise OSError: EIO outside the disk, or what the storage says.
+        :raise OSError: EIO outside the disk, ENOMEDIUM if the backend lost its node while the
+            request waited, or what the storage says.
         """
-        return await self._run("rd" if counted else None, length, self.node.pread(offset, length))
+        started = await self._turn() if self._queues else perf_counter_ns()
+        request = self.node.pread(offset, length)
+        return await self._run("rd" if counted else None, length, request, started)
 
     async def pwrite(self, offset: int, data: Data, *, counted: bool = True) -> None:
         """Write `data` at `offset`; raises as `pread`, and EPERM on a read-only node."""
-        await self._run("wr" if counted else None, len(data), self.node.pwrite(offset, data))
+        started = await self._turn() if self._queues else perf_counter_ns()
+        request = self.node.pwrite(offset, data)
+        await self._run("wr" if counted else None, len(data), request, started)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, counted: bool = True
@@ -135,29 +152,40 @@ class Backend:
 
         With `fast` it fails with EOPNOTSUPP where it would take as long as writing them.
         """
+        started = await self._turn() if self._queues else perf_counter_ns()
         request = self.node.pwrite_zeroes(offset, length, unmap=unmap, fast=fast)
-        await self._run("wr" if counted else None, length, request)
+        await self._run("wr" if counted else None, length, request, started)
 
     async def discard(self, offset: int, length: int, *, counted: bool = True) -> None:
         """The data in this range is of no more use."""
-        await self._run("unmap" if counted else None, length, self.node.pdiscard(offset, length))
+        started = await self._turn() if self._queues else perf_counter_ns()
+        request = self.node.pdiscard(offset, length)
+        await self._run("unmap" if counted else None, length, request, started)
 
     async def flush(self, *, counted: bool = True) -> None:
         """What was written before is on stable storage afterwards."""
-        await self._run("flush" if counted else None, 0, self.node.flush())
+        started = await self._turn() if self._queues else perf_counter_ns()
+        await self._run("flush" if counted else None, 0, self.node.flush(), started)
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         """What is known about the bytes from `offset` on; raises as `pread`."""
-        return await self._run(None, 0, self.node.block_status(offset, length))
+        if self._queues:
+            await self._turn()
+        return await self._run(None, 0, self.node.block_status(offset, length), 0)
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
-        """Change the disk's size to `size` bytes."""
-        await self.node.truncate(size, preallocation)
+        """Change the disk's size to `size` bytes.
 
-    async def _run(self, kind: str | None, size: int, request: Coroutine[Any, Any, T]) -> T:
-        """Await a request, and count it as one of this kind."""
+        It does not wait for a drained section to end: whoever resizes is in one.
+        """
+        await self._run(None, 0, self.node.truncate(size, preallocation), 0)
+
+    async def _run(self, kind: str | None, size: int, request: Coroutine[Any, Any, T], started: int) -> T:
+        """Await a request, and count it as one of this kind.
+
+        :param started: when it came, on `perf_counter_ns`: the time in which it waited counts.
+        """
         self._in_flight += 1
-        started = perf_counter_ns()
         try:
             result = await request
             if kind is not None:
@@ -168,24 +196,67 @@ class Backend:
                 self.accounting.failed(kind, perf_counter_ns() - started)
             raise
         finally:
-            self._end_one()
+            self._in_flight -= 1
+            if self._idle is not None and not self._in_flight:
+                self._idle.set_result(None)
+                self._idle = None
 
-    # -- requests under way
+    # -- drained sections
 
     @property
     def in_flight(self) -> int:
-        """How many requests are under way."""
+        """How many requests are under way; those that wait for a section to end are not."""
         return self._in_flight
 
-    async def drain(self) -> None:
-        """Return when no request is under way any more."""
-        while self._in_flight:
-            if self._drained is None:
-                self._drained = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._drained)
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for the end of a drained section."""
+        return len(self._waiting)
 
-    def _end_one(self) -> None:
-        self._in_flight -= 1
-        if not self._in_flight and self._drained is not None:
-            self._drained.set_result(None)
-            self._drained = None
+    def begin_drained(self) -> None:
+        """Let new requests wait until `end_drained` was called as often as this."""
+        self._sections += 1
+        self._queues = True
+
+    def end_drained(self) -> None:
+        """Let the requests go on that have waited, oldest first, if this was the last section."""
+        self._sections -= 1
+        self._go_on()
+
+    async def idle(self) -> None:
+        """Return when no request is under way.  Unless the backend is drained others may begin."""
+        while self._in_flight:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
+
+    async def _turn(self) -> int:
+        """Wait for the end of all sections, behind those that came before.
+
+        :returns: when the request came, on `perf_counter_ns`.
+        :raise OSError: ENOMEDIUM if there is no node any more.
+        """
+        came = perf_counter_ns()
+        create_future = asyncio.get_running_loop().create_future
+        place = object()
+        self._waiting[place] = create_future()
+        try:
+            await self._waiting[place]
+            while self._sections:
+                # The next section has begun before this request could; it keeps its place.
+                self._waiting[place] = create_future()
+                await self._waiting[place]
+        finally:
+            del self._waiting[place]
+            self._go_on()
+        if self._edge is None:
+            raise errno_error(errno.ENOMEDIUM)
+        return came
+
+    def _go_on(self) -> None:
+        """Wake up who may go on.  All are woken at once, so if the first one is, there is nobody else."""
+        if not self._sections and self._waiting and not next(iter(self._waiting.values())).done():
+            for turn in self._waiting.values():
+                if not turn.done():
+                    turn.set_result(None)
+        self._queues = bool(self._sections or self._waiting)

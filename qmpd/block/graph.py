@@ -18,18 +18,17 @@ import errno
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
+from qmpd.block import backing
+from qmpd.block.backend import Backend
 from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
-from qmpd.block.permissions import Permission, names
+from qmpd.block.permissions import Permission, names, on_backing
 from qmpd.errors import Error
-
-if TYPE_CHECKING:
-    from qmpd.block.backend import Backend
 
 T = TypeVar("T")
 
@@ -44,22 +43,64 @@ IO_THREADS = 8
 KEY_THREADS = 2
 
 
+#: What stands before a complaint about the image behind, once for each image on the way there.
+_BACKING_FAILED = "Could not open backing file: "
+
+
+@contextlib.contextmanager
+def _backing_failures() -> Iterator[None]:
+    try:
+        yield
+    except Error as error:
+        raise Error(_BACKING_FAILED + error.desc) from None
+
+
+class _Section:
+    """A drained section: the nodes that it is about, and the backends that it has stopped."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._nodes = tuple(nodes)
+        self.backends: list[Backend] = []
+
+    def stop_users(self) -> None:
+        """Stop the backends above that are not stopped yet."""
+        for backend in _users(self._nodes):
+            if backend not in self.backends:
+                backend.begin_drained()
+                self.backends.append(backend)
+
+    def end(self) -> None:
+        """Let them all go on."""
+        for backend in self.backends:
+            backend.end_drained()
+
+
 class Graph:
     """All nodes of a daemon and their users.
 
     :param drivers: the driver classes by their QAPI names.
     :param secrets: gives a copy of the passphrase of a secret's id at the moment of
         use, for the user to wipe; raises Error if there is none.
+    :param validate: checks BlockdevOptions that stand in an image's header, and returns them with
+        numbers where there were strings for numbers; raises Error.
     """
 
-    def __init__(self, drivers: Mapping[str, type[Node]], *, secrets: Callable[[str], bytearray]) -> None:
+    def __init__(
+        self,
+        drivers: Mapping[str, type[Node]],
+        *,
+        secrets: Callable[[str], bytearray],
+        validate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
         self._drivers = drivers
+        self._validate = validate
         self._known_drivers: dict[str, type[Node]] = {}
         self.secrets = secrets
         #: Every node by its name, the ones under construction included, oldest first.
         self._nodes: dict[str, Node] = {}
         self.backends: list[Backend] = []
         self._generated = 0
+        self._sections: list[_Section] = []
         self._io_threads: ThreadPoolExecutor | None = None
         self._key_threads: ThreadPoolExecutor | None = None
 
@@ -77,6 +118,10 @@ class Graph:
     def disks(self) -> list[Backend]:
         """The disks of devices, oldest first."""
         return [backend for backend in self.backends if backend.qdev is not None]
+
+    def subtree(self, root: Node) -> list[Node]:
+        """`root` and all nodes below it, each before those that it uses."""
+        return _parents_first(root)
 
     def lookup(self, device: str | None, node_name: str | None) -> Node:
         """The node that a command means by its members `device` or `node-name`.
@@ -133,17 +178,26 @@ class Graph:
 
         :raise Error: if that can't be; then nothing has changed.
         """
-        if reference == parent.name:
-            raise Error(f"Making '{parent.name}' a {role} child of '{parent.name}' would create a cycle")
+        child = await self._resolve_child(parent, role, reference)
+        await self._adopt(parent, role, child)
+        return child
+
+    async def _resolve_child(self, parent: Node, role: str, reference: str | Mapping[str, Any]) -> Node:
         # What is defined inside the same parent is not ready yet, but can be referred to.
         own = _below(parent).get(reference) if isinstance(reference, str) else None
-        child = own or await self._resolve(reference, parent.node_options)
+        if reference == parent.name:
+            return parent
+        return own or await self._resolve(reference, parent.node_options.for_child(role))
+
+    async def _adopt(self, parent: Node, role: str, child: Node) -> None:
+        """Attach `child` below `parent`; if that can't be, close it unless it is somebody's."""
+        if child is parent:
+            raise Error(f"Making '{parent.name}' a {role} child of '{parent.name}' would create a cycle")
         try:
             self._link(parent, role, child)
         except BaseException:
             await self._release(child)
             raise
-        return child
 
     async def _resolve(self, reference: str | Mapping[str, Any], options: NodeOptions) -> Node:
         if isinstance(reference, str):
@@ -151,6 +205,19 @@ class Graph:
         return await self._open(reference, options)
 
     async def _open(self, options: Mapping[str, Any], inherited: NodeOptions | None) -> Node:
+        """Open a node with all that is below it, its backing images included."""
+        node = await self._open_image(options, inherited)
+        try:
+            await self._open_chain(node)
+        except BaseException:
+            await self._dispose(node)
+            raise
+        if inherited is None:
+            self._show(node)
+        return node
+
+    async def _open_image(self, options: Mapping[str, Any], inherited: NodeOptions | None) -> Node:
+        """Open a node without its backing image."""
         driver = await self._driver(options["driver"])
         common = NodeOptions.parse(options, inherited)
         file = None if driver.is_protocol else await self._resolve(options["file"], common)
@@ -175,9 +242,85 @@ class Graph:
         except BaseException:
             await self._dispose(node)
             raise
-        if inherited is None:
-            self._show(node)
         return node
+
+    # -- backing images
+
+    async def _open_chain(self, node: Node) -> None:
+        """Open the images behind `node`, one after the other: a chain may be long.
+
+        :raise Error: what is wrong with one of them; some may be open then.
+        """
+        overlay: Node | None = node
+        seen: set[Hashable] = set()
+        while overlay is not None and overlay.supports_backing:
+            seen.add(overlay.identity)
+            if len(seen) > backing.LONGEST_CHAIN + 1:
+                raise Error(f"More than {backing.LONGEST_CHAIN} images are behind this one")
+            try:
+                overlay = await self._open_backing(overlay, seen)
+            except Error as error:
+                raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc) from None
+
+    async def _open_backing(self, overlay: Node, seen: Set[Hashable]) -> Node | None:
+        """Open one backing image.
+
+        :param seen: the identities of the images that must not be met again.
+        :returns: the node, if its own backing image is still to be opened.
+        """
+        if "backing" in overlay.options:
+            reference = overlay.options["backing"]
+            if not reference:
+                # The empty string is an old way to write null.
+                return None
+            with _backing_failures():
+                child = await self._resolve_child(overlay, "backing", reference)
+            await self._adopt(overlay, "backing", child)
+            return None
+        with _backing_failures():
+            name = overlay.full_backing_filename
+            if name is None:
+                return None
+            inherited = overlay.node_options.for_child("backing")
+            child = await self._open_named(name, overlay.backing_format, inherited)
+        await self._adopt(overlay, "backing", child)
+        if child.identity in seen:
+            raise Error(f"Backing file '{name}' creates an infinite loop.")
+        overlay.implied_backing = child.filename
+        return child
+
+    async def _open_named(self, name: str, image_format: str | None, inherited: NodeOptions) -> Node:
+        """Open the image with this full name, without the one that is behind it in turn.
+
+        :param image_format: its driver; None to find out.
+        """
+        options = backing.options_for(name, image_format)
+        driver = options.get("driver")
+        if driver is not None and driver not in self._drivers:
+            raise Error(f"Unknown driver '{driver}'")
+        if driver is not None and "file" in options and (await self._driver(driver)).is_protocol:
+            options = {**options.pop("file"), **options}
+        if driver is None:
+            options["driver"] = "raw"
+        # What is in a header comes from whoever wrote it: it is checked as if a client had sent it.
+        options = self._validate(options)
+        if driver is None:
+            options["driver"] = await self._probe(options["file"], inherited)
+        return await self._open_image(options, inherited)
+
+    async def _probe(self, reference: str | Mapping[str, Any], inherited: NodeOptions) -> str:
+        """The driver for an image of unknown format."""
+        node = await self._resolve(reference, inherited)
+        try:
+            beginning = await node.pread(0, min(backing.PROBE_BYTES, node.size))
+        except OSError as error:
+            raise Error(f"Could not read image for determining its format: {error.strerror}") from None
+        finally:
+            await self._release(node)
+        driver = backing.probe(bytes(beginning))
+        if driver not in self._drivers:
+            raise Error(f"Unknown driver '{driver}'")
+        return driver
 
     async def _driver(self, name: str) -> type[Node]:
         """The class of a driver; looking one up for the first time imports it, which takes a while."""
@@ -222,12 +365,15 @@ class Graph:
             raise Error(f"Failed to find node with node-name='{name}'")
         if any(not isinstance(edge.parent, Node) for edge in node.parents):
             raise Error(f"Node {name} is in use")
+        check_unused_as_backing(node)
         if not node.monitor_owned:
             raise Error(f"Node {name} is not owned by the monitor")
         if node.parents:
             raise Error(f"Block device {name} is in use")
-        node.monitor_owned = False
-        await self._dispose(node)
+        # Nobody is above, so nothing is under way; and nobody comes before it is gone.
+        async with self.drained(node):
+            node.monitor_owned = False
+            await self._dispose(node)
 
     async def _release(self, node: Node) -> None:
         """Close `node` if nobody uses or owns it (any more)."""
@@ -259,6 +405,32 @@ class Graph:
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
 
+    # -- draining
+
+    @contextlib.asynccontextmanager
+    async def drained(self, *nodes: Node) -> AsyncIterator[None]:
+        """A section in which no request is under way in these nodes.
+
+        Every backend above any of them, however far, is stopped: what it has begun is finished
+        before the body runs, and what comes meanwhile waits in the order in which it came until
+        the section has ended.  A backend that is attached above during the section is stopped as
+        well.  Sections may overlap and be nested: a backend goes on when the last one has ended.
+        They do not exclude each other.
+
+        The body makes its own requests through the nodes; those through a backend would wait for ever.
+        """
+        section = _Section(nodes)
+        self._sections.append(section)
+        try:
+            section.stop_users()
+            # More may be added to the end of the list on the way.
+            for backend in section.backends:
+                await backend.idle()
+            yield
+        finally:
+            self._sections.remove(section)
+            section.end()
+
     # -- edges and permissions
 
     def attach(self, parent: Parent, role: str, node: Node, perm: Permission, shared: Permission) -> Edge:
@@ -273,6 +445,8 @@ class Graph:
         except BaseException:
             node.parents.remove(edge)
             raise
+        for section in self._sections:
+            section.stop_users()
         return edge
 
     def detach(self, edge: Edge) -> None:
@@ -340,10 +514,19 @@ class Graph:
     # -- threads
 
     async def in_io_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function that may wait for storage in a thread."""
+        """Run a function that may wait for storage in a thread.
+
+        A thread can't be interrupted.  If the task is cancelled, the function has nevertheless
+        ended, or is never begun, when this returns: what it uses may be closed then.
+        """
         if self._io_threads is None:
             self._io_threads = ThreadPoolExecutor(IO_THREADS, "qmpd-io")
-        return await asyncio.get_running_loop().run_in_executor(self._io_threads, function, *arguments)
+        work = self._io_threads.submit(function, *arguments)
+        try:
+            return await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            await _end_of(work)
+            raise
 
     async def in_key_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a key derivation or another long computation in a thread."""
@@ -356,8 +539,49 @@ def _on_child(
     parent: Node, role: str, child: Node, perm: Permission, shared: Permission
 ) -> tuple[Permission, Permission]:
     """What `parent` takes and shares on `child`; with `force-share` it shares everything."""
-    perm, shared = parent.child_permissions(role, perm, shared)
+    if role == "backing":
+        perm, shared = on_backing(perm, shared)
+    else:
+        perm, shared = parent.child_permissions(role, perm, shared)
     return perm, Permission.everything() if child.node_options.force_share else shared
+
+
+def check_unused_as_backing(node: Node) -> None:
+    """Refuse what may not be done to an image that is another one's backing image.
+
+    :raise Error: it names the other one.
+    """
+    for edge in node.parents:
+        if edge.name == "backing" and isinstance(edge.parent, Node):
+            raise Error(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
+
+
+async def _end_of(work: Future[Any]) -> None:
+    """Return when a thread is done with `work`, whoever cancels the waiting."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    work.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+    while not ended.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await ended.wait()
+
+
+def _users(nodes: Iterable[Node]) -> Iterable[Backend]:
+    """The backends above these nodes, each once."""
+    found: dict[int, Backend] = {}
+    seen: set[int] = set()
+    above = list(nodes)
+    while above:
+        node = above.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        for edge in node.parents:
+            if isinstance(edge.parent, Node):
+                above.append(edge.parent)
+            elif isinstance(edge.parent, Backend):
+                found[id(edge.parent)] = edge.parent
+    return found.values()
 
 
 def _below(node: Node) -> dict[str, Node]:

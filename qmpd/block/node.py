@@ -8,14 +8,16 @@ is always a multiple of 512: a file's odd tail reads as zeroes.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from qmpd.block.backing import full_name
 from qmpd.block.edge import Edge
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
@@ -75,6 +77,9 @@ class Node(ABC):
     driver: ClassVar[str]
     #: A protocol driver is at the bottom of a chain; others have a child "file".
     is_protocol: ClassVar[bool] = False
+    #: Whether images of this format can have a backing image (role "backing").  Such a driver says
+    #: in `_block_status` with a depth of 0 what an image does not hold itself.
+    supports_backing: ClassVar[bool] = False
     #: Options that make a difference to the data, so that they appear in a `json:` file name.
     strong_options: ClassVar[tuple[str, ...]] = ()
     #: Requests must begin and end at multiples of this many bytes.
@@ -96,6 +101,13 @@ class Node(ABC):
         #: The end of the highest write so far, in bytes.
         self.write_highest_offset = 0
         self._writes = TrackedWrites()
+        self._resizing = asyncio.Lock()
+        #: The name and the format of the backing image that the image's own header names; a driver
+        #: that supports backing sets them in `open`.
+        self.backing_filename: str | None = None
+        self.backing_format: str | None = None
+        #: The file name of the node that was opened because of that name.
+        self.implied_backing: str | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -152,9 +164,52 @@ class Node(ABC):
         return self.children["file"].child
 
     @property
+    def backing(self) -> Node | None:
+        """The backing image: what this image does not hold itself comes from there."""
+        edge = self.children.get("backing")
+        return None if edge is None else edge.child
+
+    @property
+    def backing_depth(self) -> int:
+        """How many images are behind this one."""
+        depth, node = 0, self.backing
+        while node is not None:
+            depth, node = depth + 1, node.backing
+        return depth
+
+    @property
+    def full_backing_filename(self) -> str | None:
+        """The header's name of the backing image as one that can be opened, if there is any.
+
+        :raise Error: if it is relative, and this image has no file name.
+        """
+        if self.backing_filename is None:
+            return None
+        return full_name(self.protocol_filename, self.backing_filename)
+
+    @property
+    def backing_overridden(self) -> bool:
+        """Whether the backing image is another one than the header says."""
+        named = self.backing_filename if self.implied_backing is None else self.implied_backing
+        return named != (None if self.backing is None else self.backing.filename)
+
+    @property
+    def protocol_filename(self) -> str | None:
+        """The plain file name at the bottom of this node, to which names in its header are relative."""
+        return None if self.is_protocol else self.file.protocol_filename
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two nodes that show the same storage in the same way."""
+        if self.is_protocol:
+            return self
+        strong = tuple((name, repr(self.options.get(name))) for name in self.strong_options)
+        return self.driver, strong, *(edge.child.identity for edge in self.storage_children)
+
+    @property
     def exact_filename(self) -> str | None:
         """A plain file name that would open this very node, if there is one."""
-        if any(option in self.options for option in self.strong_options):
+        if self.backing_overridden or any(option in self.options for option in self.strong_options):
             return None
         child = self.file
         return child.exact_filename if child.is_protocol else None
@@ -168,17 +223,24 @@ class Node(ABC):
     def full_options(self) -> dict[str, Any]:
         """The options that would open this node again, for a `json:` file name."""
         result: dict[str, Any] = {"driver": self.driver}
-        for role, edge in self.children.items():
-            result[role] = edge.child.full_options()
+        for edge in self.storage_children:
+            result[edge.name] = edge.child.full_options()
+        if self.backing_overridden:
+            result["backing"] = None if self.backing is None else self.backing.full_options()
         for option in self.strong_options:
             if option in self.options:
                 result[option] = self.options[option]
         return result
 
     @property
+    def storage_children(self) -> list[Edge]:
+        """The edges to the nodes that this image itself lies on: all but its backing image."""
+        return [edge for edge in self.children.values() if edge.name != "backing"]
+
+    @property
     def allocated_size(self) -> int:
         """The bytes that the image occupies on its storage."""
-        return sum(edge.child.allocated_size for edge in self.children.values())
+        return sum(edge.child.allocated_size for edge in self.storage_children)
 
     @property
     def has_info(self) -> bool:
@@ -324,7 +386,28 @@ class Node(ABC):
         :raise OSError: as for `pread`.
         """
         self.check_request(offset, length)
-        return await self._block_status(offset, length)
+        status = await self._block_status(offset, length)
+        if status.depth or not self.supports_backing:
+            return status
+        if self.backing is None:
+            return replace(status, data=False, zero=True)
+        available = self.backing.size - offset
+        if available <= 0:
+            # Behind the end of a short backing image are zeroes, as if they were its own.
+            return replace(status, data=False, zero=True, depth=2)
+        below = await self.backing.block_status(offset, min(status.length, available))
+        return replace(below, depth=below.depth + 1 if below.depth else 0)
+
+    async def pread_backing(self, offset: int, length: int) -> Data:
+        """What the backing image has at `offset`: zeroes behind its end, and if there is none.
+
+        :raise OSError: what its storage says.
+        """
+        available = 0 if self.backing is None else max(0, min(length, self.backing.size - offset))
+        if self.backing is None or not available:
+            return bytes(length)
+        data = await self.backing.pread(offset, available)
+        return data if available == length else bytes(data).ljust(length, b"\0")
 
     async def flush(self) -> None:
         """What was written before is on stable storage afterwards.
@@ -341,7 +424,9 @@ class Node(ABC):
         """
         if self.read_only:
             raise Error("Image is read-only")
-        await self._truncate(size, preallocation)
+        # Two at a time could leave the node with one size and its storage with the other.
+        async with self._resizing:
+            await self._truncate(size, preallocation)
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -367,7 +452,7 @@ class Node(ABC):
         return BlockStatus(length)
 
     async def _flush(self) -> None:
-        for edge in self.children.values():
+        for edge in self.storage_children:
             await edge.child.flush()
 
     async def _truncate(self, size: int, preallocation: str) -> None:

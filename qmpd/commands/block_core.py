@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from qmpd.block import inspection
 from qmpd.block.accounting import Accounting
 from qmpd.block.backend import Backend
 from qmpd.block.drivers import can_create, create
+from qmpd.block.graph import check_unused_as_backing
 from qmpd.block.node import Node
 from qmpd.block.permissions import Permission
 from qmpd.commands.parts import Handler, Parts
@@ -52,8 +54,11 @@ async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
     node = parts.graph.lookup(arguments.get("device"), arguments.get("node-name"))
     if arguments["size"] < 0:
         raise Error("Parameter 'size' expects a >0 size")
+    check_unused_as_backing(node)
     with Backend(parts.graph, perm=Permission.RESIZE).use(node) as backend:
-        await backend.truncate(arguments["size"])
+        # What is below changes its size as well, and may have other users.
+        async with parts.graph.drained(*parts.graph.subtree(node)):
+            await backend.truncate(arguments["size"])
     return {}
 
 
@@ -62,7 +67,8 @@ async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
 
 def query_named_block_nodes(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """All nodes, newest first."""
-    return [block_device_info(node) for node in parts.graph.nodes()]
+    flat = arguments.get("flat", False)
+    return [block_device_info(node, flat=flat) for node in parts.graph.nodes()]
 
 
 def query_block(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -132,8 +138,8 @@ def permission_list(permissions: Permission) -> list[str]:
     return [name for permission, name in _PERMISSIONS if permission & permissions]
 
 
-def image_info(node: Node) -> dict[str, Any]:
-    """ImageInfo."""
+def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
+    """ImageInfo, and unless it shall be `flat` that of the images behind."""
     info: dict[str, Any] = {
         "virtual-size": node.size,
         "filename": node.filename,
@@ -147,12 +153,20 @@ def image_info(node: Node) -> dict[str, Any]:
         info["format-specific"] = specific
     if node.has_info:
         info["dirty-flag"] = False
+    if node.backing_filename is not None:
+        info["backing-filename"] = node.backing_filename
+        with suppress(Error):
+            info["full-backing-filename"] = node.full_backing_filename
+        if node.backing_format is not None:
+            info["backing-filename-format"] = node.backing_format
+    if node.backing is not None and not flat:
+        info["backing-image"] = image_info(node.backing)
     return info
 
 
-def block_device_info(node: Node) -> dict[str, Any]:
-    """BlockDeviceInfo; there is no throttling yet, so its limits are zero."""
-    image = image_info(node)
+def block_device_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
+    """BlockDeviceInfo, `flat` without the images behind; without throttling its limits are zero."""
+    image = image_info(node, flat=flat)
     options = node.node_options
     return {
         "iops_rd": 0,
@@ -162,7 +176,8 @@ def block_device_info(node: Node) -> dict[str, Any]:
         "iops_wr": 0,
         "ro": node.read_only,
         "node-name": node.name,
-        "backing_file_depth": 0,
+        "backing_file_depth": 0 if flat else node.backing_depth,
+        **({"backing_file": node.backing.filename} if node.backing is not None else {}),
         "drv": node.driver,
         "iops": 0,
         "bps_wr": 0,
@@ -224,8 +239,8 @@ def device_stats(accounting: Accounting, write_highest_offset: int) -> dict[str,
     return stats
 
 
-def node_stats(node: Node) -> dict[str, Any]:
-    """BlockStats of a node and of what it gets its data from."""
+def node_stats(node: Node, *, with_backing: bool = False) -> dict[str, Any]:
+    """BlockStats of a node and of what it gets its data from, perhaps with the images behind."""
     stats: dict[str, Any] = {"node-name": node.name}
     specific = node.driver_statistics()
     if specific is not None:
@@ -234,13 +249,15 @@ def node_stats(node: Node) -> dict[str, Any]:
         Accounting(count_invalid=False, count_failed=False), node.write_highest_offset
     )
     if "file" in node.children:
-        stats["parent"] = node_stats(node.file)
+        stats["parent"] = node_stats(node.file, with_backing=with_backing)
+    if node.backing is not None and with_backing:
+        stats["backing"] = node_stats(node.backing, with_backing=True)
     return stats
 
 
 def disk_stats(backend: Backend) -> dict[str, Any]:
     """BlockStats of a device's disk."""
-    stats = node_stats(backend.node)
+    stats = node_stats(backend.node, with_backing=True)
     stats["stats"] = device_stats(backend.accounting, backend.node.write_highest_offset)
     return {"device": backend.name, **({"qdev": backend.qdev} if backend.qdev else {}), **stats}
 

@@ -30,9 +30,11 @@ def qom_get(parts: Parts, arguments: dict[str, Any]) -> Any:
     return parts.objects.get(arguments["path"], arguments["property"])
 
 
-def qom_set(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+async def qom_set(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """Give a property a new value."""
-    parts.objects.set(arguments["path"], arguments["property"], arguments["value"])
+    rest = parts.objects.set(arguments["path"], arguments["property"], arguments["value"])
+    if rest is not None:
+        await rest
     return {}
 
 

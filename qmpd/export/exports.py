@@ -173,8 +173,9 @@ class Exports:
         if server is not None and server.exports.get(export.nbd.name) is export.nbd:
             del server.exports[export.nbd.name]
         await export.nbd.disconnect()
-        await export.nbd.backend.drain()
-        export.nbd.backend.detach()
+        backend = export.nbd.backend
+        async with self._graph.drained(backend.node):
+            backend.detach()
         del self._all[export.id]
         self._emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 

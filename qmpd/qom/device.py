@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from qmpd.block.backend import Backend
@@ -74,7 +74,7 @@ class Device(DeviceHalf):
         #: The bus that it provides.
         self.own_bus: Bus | None = None
         #: Changes the properties that may be changed while it is plugged in; by name.
-        self.setters: Mapping[str, Callable[[Any], None]] = {}
+        self.setters: Mapping[str, Callable[[Any], Awaitable[None] | None]] = {}
 
     @property
     def inner(self) -> DeviceHalf:
@@ -100,15 +100,15 @@ class Device(DeviceHalf):
                 return "{:02x}.{:x}".format(*divmod(self.values["addr"], 8))
         return self.values[name]
 
-    def change(self, name: str, value: Any) -> None:
+    def change(self, name: str, value: Any) -> Awaitable[None] | None:
         """Set a property of a plugged-in device.
 
+        :returns: what has to be awaited before it is done, if anything.
         :raise Error: if it can't be set any more, or not to this.
         """
         if name in self.setters:
             self.schema.validate(self.model.struct, {name: value})
-            self.setters[name](value)
-            return
+            return self.setters[name](value)
         if name == "realized":
             raise Error(f"Property '{self.type_name}.realized' can't be set; use device_del")
         owner = self.model.owner(name)

@@ -289,10 +289,17 @@ class Devices:
         self._check_boot_index(index, device)
         device.values["bootindex"] = index
 
-    def _set_drive(self, device: Device, name: str) -> None:
-        node = self._graph.lookup(name, name)
+    async def _set_drive(self, device: Device, name: str) -> None:
+        self._graph.lookup(name, name)
         backend = device.inner.backend
         assert backend is not None, "a disk has a backend as long as it is plugged in"
+        async with self._graph.drained(backend.node):
+            # Meanwhile either may have gone.
+            if backend.edge is None:
+                raise DeviceNotFound(f"Device '{device.path}' not found")
+            self._use_node(device, backend, self._graph.lookup(name, name), name)
+
+    def _use_node(self, device: Device, backend: Backend, node: Node, name: str) -> None:
         before, place = backend.node, self._graph.backends.index(backend)
         backend.detach()
         try:

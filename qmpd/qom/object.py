@@ -8,7 +8,7 @@ its properties are, so that the tree needs to know no object by its kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,13 +23,14 @@ class Property:
 
     :param type: its type as `qom-list` shows it: a QAPI type, ``child<...>`` or ``link<...>``.
     :param get: returns its value in QAPI's form.
-    :param set: takes a new one; raises Error.  None if nobody may set it.
+    :param set: takes a new one; raises Error; returns what is left to await, if anything.
+        None if nobody may set it.
     """
 
     name: str
     type: str
     get: Callable[[], Any]
-    set: Callable[[Any], None] | None = None
+    set: Callable[[Any], Awaitable[None] | None] | None = None
 
 
 class Object:

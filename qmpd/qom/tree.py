@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -144,16 +144,17 @@ class ObjectTree:
         """
         return self._object(path).property(name).get()
 
-    def set(self, path: str, name: str, value: Any) -> None:
+    def set(self, path: str, name: str, value: Any) -> Awaitable[None] | None:
         """Give a property a new value, as `qom-set` does.
 
+        :returns: what has to be awaited before it is done, if anything.
         :raise Error: if there is no such object or property, or it does not take the value.
         """
         found = self._object(path)
         setter = found.property(name).set
         if setter is None:
             raise Error(f"Property '{found.type_name}.{name}' is not writable")
-        setter(value)
+        return setter(value)
 
     def list_types(self, wanted: str | None = None, *, abstract: bool = False) -> list[dict[str, Any]]:
         """Types of objects (ObjectTypeInfo), as `qom-list-types` does.

@@ -97,14 +97,14 @@ async def test_small_writes_that_go_together_succeed_and_fail_alone(
     assert image.read_bytes() == expected
 
 
-async def test_a_backend_counts_and_can_be_drained(graph: Graph) -> None:
+async def test_a_backend_counts_what_it_does(graph: Graph) -> None:
     node = await graph.add({"node-name": "n", "driver": "null-co", "size": 4096, "latency-ns": 20_000_000})
     backend = Backend(graph, perm=Permission.CONSISTENT_READ | Permission.WRITE)
     backend.attach(node)
     requests = [asyncio.ensure_future(one) for one in (backend.pread(0, 512), backend.pwrite(0, b"x"))]
     await asyncio.sleep(0)
     assert backend.in_flight == 2
-    await backend.drain()
+    await backend.idle()
     assert backend.in_flight == 0
     assert all(one.done() for one in requests)
     with pytest.raises(OSError, match="Input/output"):

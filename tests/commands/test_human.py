@@ -42,7 +42,7 @@ async def parts() -> AsyncIterator[Parts]:
         objects=tree,
         devices=devices,
         exports=exports,
-        hotplug=Hotplug(devices, exports),
+        hotplug=Hotplug(graph, devices, exports),
         jobs=Jobs(emit),
         emit=emit,
         version={"qemu": {"major": 1, "minor": 2, "micro": 3}, "package": "pack"},

@@ -21,6 +21,13 @@ def disk(name: str, node: str = "ro", **options: Any) -> dict[str, Any]:
     return {**BLK, "id": name, "drive": node, **options}
 
 
+async def change(tree: ObjectTree, path: str, name: str, value: Any) -> None:
+    """`qom-set`, up to its reply."""
+    rest = tree.set(path, name, value)
+    if rest is not None:
+        await rest
+
+
 def scsi(name: str, node: str = "ro", **options: Any) -> dict[str, Any]:
     return {"driver": "scsi-hd", "id": name, "drive": node, **options}
 
@@ -245,23 +252,23 @@ def test_every_property_of_a_device_can_be_read(devices: Devices, tree: ObjectTr
         ("d", "drive", "Cannot find device='nope' nor node-name='nope'"),
     ],
 )
-def test_a_plugged_in_device_hardly_changes(
+async def test_a_plugged_in_device_hardly_changes(
     devices: Devices, tree: ObjectTree, path: str, name: str, text: str
 ) -> None:
     devices.add(disk("d", "n"))
     with pytest.raises(Error) as error:
-        tree.set(path, name, "nope")
+        await change(tree, path, name, "nope")
     assert error.value.desc == text
 
 
-def test_a_disk_can_be_given_another_node(devices: Devices, graph: Graph, tree: ObjectTree) -> None:
+async def test_a_disk_can_be_given_another_node(devices: Devices, graph: Graph, tree: ObjectTree) -> None:
     devices.add(disk("d", "n"))
     devices.add(disk("e", "n2"))
-    tree.set("d", "drive", "n3")
+    await change(tree, "d", "drive", "n3")
     assert tree.get("d", "drive") == "n3"
     assert [each.node.name for each in graph.disks()] == ["n3", "n2"]
     with pytest.raises(Error, match="^Permission conflict on node 'n2'"):
-        tree.set("d", "drive", "n2")
+        await change(tree, "d", "drive", "n2")
     assert tree.get("d", "drive") == "n3"
     assert [each.node.name for each in graph.disks()] == ["n3", "n2"]
 

@@ -29,7 +29,7 @@ Entity = Mapping[str, Any]
 LATER: Final = "comes together with the driver, object or job that it belongs to"
 MACHINE: Final = "is about a machine, of which there is none"
 NETWORK: Final = "is about networks or a guest's other devices"
-CHAINS: Final = "is about backing images, snapshots and bitmaps, which no driver of ours has"
+CHAINS: Final = "is about snapshots, compression and bitmaps, which no driver of ours has"
 THROTTLING: Final = "belongs to the throttle driver, which is not there yet"
 PRIMITIVES: Final = "is not offered by the cryptography library, or is no mode for a disk"
 ORNAMENT: Final = "would have no effect"
@@ -78,18 +78,17 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         LATER,
     ),
     ("block-export-add.type", "fuse vduse-blk vhost-user-blk", LATER),
-    ("query-blockstats ->[]", "backing", CHAINS),
     (
         "query-jobs ->[].type",
         "amend backup commit mirror snapshot-delete snapshot-load snapshot-save stream",
         LATER,
     ),
     ("query-block-jobs ->[]", "<mirror>", LATER),
-    ("query-named-block-nodes ->[]", "backing_file dirty-bitmaps", CHAINS),
+    ("query-named-block-nodes ->[]", "dirty-bitmaps", CHAINS),
     ("query-named-block-nodes ->[]", _RATES, THROTTLING),
     (
         "query-named-block-nodes ->[].image",
-        "backing-filename backing-filename-format backing-image compressed full-backing-filename snapshots",
+        "compressed snapshots",
         CHAINS,
     ),
     ("query-named-block-nodes ->[].image.format-specific.type", "qcow2 rbd vmdk", LATER),

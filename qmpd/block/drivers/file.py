@@ -13,7 +13,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qmpd.block import allocation, creation
@@ -187,6 +187,17 @@ class FileNode(Node):
     def exact_filename(self) -> str | None:
         """The name that it was opened with."""
         return self._filename
+
+    @property
+    def protocol_filename(self) -> str | None:
+        """The same."""
+        return self._filename
+
+    @property
+    def identity(self) -> Hashable:
+        """Which file it is, whatever its name."""
+        status = os.fstat(self._descriptor)
+        return self.driver, status.st_dev, status.st_ino
 
     def full_options(self) -> dict[str, Any]:
         """Driver and file name."""
