@@ -198,21 +198,20 @@ def test_a_compressed_place_holds_the_bytes_that_it_was_made_for(cluster_bits: i
 
 
 @pytest.mark.parametrize(
-    ("entry", "version", "external", "kind"),
+    ("entry", "external", "kind"),
     [
-        (0, 3, False, Kind.UNALLOCATED),
-        (1, 3, False, Kind.ZERO),
-        (1, 2, False, Kind.UNALLOCATED),
-        (0x50001, 3, False, Kind.ZERO_PLACED),
-        (0x50000, 3, False, Kind.DATA),
-        (0x50000 | mapping.COPIED, 2, False, Kind.DATA),
-        (mapping.COMPRESSED | 5, 3, False, Kind.COMPRESSED),
-        (mapping.COPIED, 3, False, Kind.UNALLOCATED),
-        (mapping.COPIED, 3, True, Kind.DATA),
+        (0, False, Kind.UNALLOCATED),
+        (1, False, Kind.ZERO),
+        (0x50001, False, Kind.ZERO_PLACED),
+        (0x50000, False, Kind.DATA),
+        (0x50000 | mapping.COPIED, False, Kind.DATA),
+        (mapping.COMPRESSED | 5, False, Kind.COMPRESSED),
+        (mapping.COPIED, False, Kind.UNALLOCATED),
+        (mapping.COPIED, True, Kind.DATA),
     ],
 )
-def test_an_entry_says_what_its_cluster_is(entry: int, version: int, external: bool, kind: Kind) -> None:
-    assert mapping.kind_of(entry, version, external) is kind
+def test_an_entry_says_what_its_cluster_is(entry: int, external: bool, kind: Kind) -> None:
+    assert mapping.kind_of(entry, external) is kind
 
 
 def test_a_subcluster_is_allocated_or_zero_but_not_both() -> None:

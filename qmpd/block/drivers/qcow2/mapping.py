@@ -90,12 +90,11 @@ def is_placed(entry: int, external: bool = False) -> bool:
     return bool(entry & OFFSET) or (external and bool(entry & COPIED))
 
 
-def kind_of(entry: int, version: int = 3, external: bool = False) -> Kind:
-    """What a standard L2 entry says of its cluster."""
+def kind_of(entry: int, external: bool = False) -> Kind:
+    """What a standard L2 entry says of its cluster (version 2 has no zero clusters)."""
     if entry & COMPRESSED:
         return Kind.COMPRESSED
-    # Version 2 has no zero clusters; the bit is reserved there.
-    if entry & ZERO and version >= 3:
+    if entry & ZERO:
         return Kind.ZERO_PLACED if entry & OFFSET else Kind.ZERO
     return Kind.DATA if is_placed(entry, external) else Kind.UNALLOCATED
 
