@@ -105,6 +105,7 @@ class Qcow2Node(Node):
         self._dead = False
         self._complained = False
         self._dirtying = asyncio.Lock()
+        self._marking: asyncio.Task[None] | None = None
 
     # -- opening and closing
 
@@ -235,6 +236,8 @@ class Qcow2Node(Node):
 
     async def settle(self) -> None:
         """Write back all tables, and say that the image was closed properly."""
+        if self._marking is not None:
+            await self._marking
         meta = self._meta
         if meta is None or self.read_only or self._dead:
             return
@@ -258,7 +261,7 @@ class Qcow2Node(Node):
             if self._header.version >= 3:
                 self._header.incompatible |= Incompatible.CORRUPT
                 bits = self._header.incompatible.to_bytes(8, "big")
-                self._marking = asyncio.ensure_future(self._mark_corrupt(bits))
+                self._marking = asyncio.create_task(self._mark_corrupt(bits))
         raise errno_error(errno.EIO)
 
     async def _mark_corrupt(self, bits: bytes) -> None:

@@ -70,7 +70,7 @@ class Corruption(Protocol):
 class L2Slice:
     """A piece of an L2 table in memory."""
 
-    __slots__ = ("dirty_end", "dirty_first", "offset", "words", "writing")
+    __slots__ = ("dirty_end", "dirty_first", "offset", "sound", "words", "writing")
 
     def __init__(self, offset: int, words: array[int]) -> None:
         self.offset = offset
@@ -79,6 +79,8 @@ class L2Slice:
         self.dirty_end = 0
         #: A commit is under way with it.
         self.writing = False
+        #: There is no other table in its place.
+        self.sound = False
 
     @property
     def dirty(self) -> bool:
@@ -102,7 +104,7 @@ class L2Slice:
 class RefcountBlock:
     """A refcount block in memory."""
 
-    __slots__ = ("counts", "dirty_end", "dirty_first", "offset", "order", "writing")
+    __slots__ = ("counts", "dirty_end", "dirty_first", "offset", "order", "sound", "writing")
 
     def __init__(self, offset: int, counts: refcounts.Counts, order: int) -> None:
         self.offset = offset
@@ -112,6 +114,8 @@ class RefcountBlock:
         self.dirty_end = 0
         #: A commit is under way with it.
         self.writing = False
+        #: There is no other table in its place.
+        self.sound = False
 
     @property
     def dirty(self) -> bool:
@@ -356,6 +360,7 @@ class Metadata:
                     await self._own_l2_table(l1_index)
             found = await self.slice_for(cluster)
             if found is not None and self.l1.words[l1_index] & mapping.COPIED:
+                self._check_alone(found, "active-l2")
                 return found
 
     async def _own_l2_table(self, l1_index: int) -> None:
@@ -366,6 +371,7 @@ class Metadata:
             return
         if old % self.cluster_bytes:
             self._corrupt(f"L2 table offset {shown(old)} unaligned (L1 index: {shown(l1_index)})")
+        self.check_overlap(self.l1.offset + l1_index * _WORD, _WORD, ignore="active-l1")
         offset, _, fresh = await self.take(1)
         if not offset:
             self._corrupt("Preventing invalid allocation of L2 table at offset 0")
@@ -431,6 +437,7 @@ class Metadata:
         offset, end = first * self.cluster_bytes, (first + count) * self.cluster_bytes
         if end > _MAX_OFFSET:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        self._check_alone(block, "refcount-block")
         self.check_overlap(offset, end - offset)
         block.counts[start : start + count] = 1
         block.mark(start, start + count)
@@ -477,13 +484,20 @@ class Metadata:
         self._used_end = max(self._used_end, (first + blocks + wanted) * self.cluster_bytes)
         return (first + blocks) * self.cluster_bytes
 
-    def check_overlap(self, offset: int, length: int) -> None:
-        """Refuse to write data where a table is.
+    def _check_alone(self, piece: L2Slice | RefcountBlock, section: str) -> None:
+        """Refuse to write a table of `section` where there is another table as well."""
+        if not piece.sound:
+            self.check_overlap(piece.offset, SECTOR, ignore=section)
+            piece.sound = True
 
+    def check_overlap(self, offset: int, length: int, *, ignore: str | None = None) -> None:
+        """Refuse to write where a table is.
+
+        :param ignore: the section of what is to be written, if it is a table itself.
         :raise OSError: EIO, and the image is marked as corrupt.
         """
         first = offset // self.cluster_bytes
-        section = self.map.find(first, -(-(offset + length) // self.cluster_bytes))
+        section = self.map.find(first, -(-(offset + length) // self.cluster_bytes), ignore=ignore)
         if section is not None:
             self._corrupt(
                 f"Preventing invalid write on metadata (overlaps with {SECTIONS[section]})",
