@@ -756,11 +756,11 @@ class Qcow2Node(Node):
     async def _write_data(self, place: int, data: Data) -> None:
         await self._data.pwrite(place, data, grow=True)
 
-    async def _write_zeroes(self, place: int, length: int) -> None:
+    async def _write_zeroes(self, place: int, length: int, *, unmap: bool = False) -> None:
         data = self._data
         inside = max(0, min(length, data.size - place))
         if inside:
-            await data.pwrite_zeroes(place, inside)
+            await data.pwrite_zeroes(place, inside, unmap=unmap)
         if inside < length and not data.grows_with_zeroes:
             await data.pwrite(place + inside, bytes(length - inside), grow=True)
 
@@ -816,7 +816,7 @@ class Qcow2Node(Node):
                 if first < last and await self._surroundings(first, last) is not None:
                     await self._pwrite(first, memoryview(bytes(last - first)))
             if self._external and self._header.raw_external_data and start < end:
-                await self._data.pwrite_zeroes(start, end - start, unmap=unmap)
+                await self._write_zeroes(start, end - start, unmap=unmap)
             while start < end:
                 start = await self._zero_some(meta, start, end, unmap)
         finally:
@@ -890,8 +890,8 @@ class Qcow2Node(Node):
         try:
             if self._external and start < end:
                 if self._header.raw_external_data:
-                    await self._data.pwrite_zeroes(start, end - start, unmap=True)
-                elif self._passes_request:
+                    await self._write_zeroes(start, end - start, unmap=True)
+                elif self._passes_request and start < self._data.size:
                     await self._data.pdiscard(start, min(end, self._data.size) - start)
             while start < end:
                 cluster = start >> self._bits

@@ -5,15 +5,15 @@ one, in one turn of the event loop, and writes it in stages:
 
     1. refcount blocks, whose counts have grown        barrier, if there is a new block
     2. the refcount table                              barrier: what the next stage points at is there
-    3. L2 tables                                       barrier, if there is a new table
-    4. the L1 table                                    barrier, if clusters were given up
-    5. clusters given up may be used again
+    3. L2 tables and the L1 table                      barrier, if clusters were given up
+    4. clusters given up may be used again
 
-An L2 entry is changed in memory only when the data that it points at has been written.  So at any
+An L2 entry is changed in memory only when the data that it points at has been written, and a new L2 table
+is written, empty or as a copy, before the L1 table in memory knows it.  So at any
 moment the storage holds tables that point at valid data and are counted; what a crash can
 leave are clusters with too high a count: leaks.  A flush is a commit and a barrier.
 
-What a guest gave up is not given to another before stage 5, and not while a request that began before
+What a guest gave up is not given to another before stage 4, and not while a request that began before
 is still under way (it may have looked its cluster up already): requests belong to an `Epoch`, and
 a commit begins a new one.
 
@@ -343,7 +343,7 @@ class Metadata:
                     del cache[key]
                     break
             else:
-                await self.commit(refcounts_too=True)
+                await self._write_back(refcounts_too=True)
 
     async def writable_slice(self, cluster: int) -> L2Slice:
         """The slice with the entry of a guest's cluster, in an L2 table that may be changed.
@@ -378,7 +378,10 @@ class Metadata:
         try:
             if old:
                 await self.file.pwrite(offset, await self.read(old, self.cluster_bytes), grow=True)
-            elif not fresh:
+            elif fresh:
+                # A table behind the end of the file would be taken for damage.
+                await self.file.pwrite(offset + self.cluster_bytes - SECTOR, bytes(SECTOR), grow=True)
+            else:
                 await self.file.pwrite(offset, bytes(self.cluster_bytes), grow=True)
         except BaseException:
             self.free(offset, self.cluster_bytes)
@@ -425,6 +428,7 @@ class Metadata:
         """
         if self.before_change is not None:
             await self.before_change()
+        await self._release()
         cluster = self._hint
         while True:
             index, within = divmod(cluster, self._block_entries)
@@ -541,7 +545,7 @@ class Metadata:
         that count the new area, then the new table itself.
         """
         # The new table may only name blocks that are on the storage.
-        await self.commit(refcounts_too=True)
+        await self._write_back(refcounts_too=True)
         per_cluster = self.cluster_bytes // _WORD
         blocks = 1
         while True:
@@ -679,6 +683,11 @@ class Metadata:
         :param refcounts_too: the counts as well, although they are lazy.
         :raise OSError: what the storage says; what was not written will be tried again.
         """
+        await self._write_back(refcounts_too=refcounts_too)
+        await self._release()
+
+    async def _write_back(self, *, refcounts_too: bool) -> None:
+        """All of a commit but its last stage, which may have to load refcount blocks."""
         async with self._committing:
             with_counts = refcounts_too or not self.lazy
             blocks = [block for block in self._blocks.values() if block.dirty] if with_counts else []
@@ -704,10 +713,7 @@ class Metadata:
                     await self._write_all(table_writes)
                 if slice_writes or l1_writes:
                     await self.data_barrier()
-                await self._write_all(slice_writes)
-                if l1_writes:
-                    await self._flush_file()
-                    await self._write_all(l1_writes)
+                await self._write_all(slice_writes + l1_writes)
                 if freed:
                     await self._flush_file()
             except BaseException:
@@ -724,8 +730,6 @@ class Metadata:
                     entry.writing = False
             if freed:
                 self._quarantine.append((epoch, freed))
-        if self._quarantine:
-            await self._release()
 
     async def settle(self) -> None:
         """Write everything: two commits, for giving clusters up changes counts again."""
