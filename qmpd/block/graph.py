@@ -18,12 +18,13 @@ import errno
 import os
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Set
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from qmpd.block import backing
 from qmpd.block.backend import Backend
+from qmpd.block.change import Change
 from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
@@ -101,6 +102,7 @@ class Graph:
         self.backends: list[Backend] = []
         self._generated = 0
         self._sections: list[_Section] = []
+        self._changing = asyncio.Lock()
         self._io_threads: ThreadPoolExecutor | None = None
         self._key_threads: ThreadPoolExecutor | None = None
 
@@ -158,6 +160,17 @@ class Graph:
         node.monitor_owned = True
         return node
 
+    async def open_without_backing(self, options: Mapping[str, Any]) -> Node:
+        """Open a node that nobody owns yet, and not the images behind it.
+
+        :param options: BlockdevOptions in QAPI's names, not validated.
+        :raise Error: if it can't be opened; then nothing has changed.
+        """
+        checked = self._validate({**options})
+        node = await self._open_image(checked, None)
+        self._show(node)
+        return node
+
     @contextlib.asynccontextmanager
     async def borrow(self, reference: str | Mapping[str, Any]) -> Any:
         """A node for the time of an ``async with``: an existing one, or one defined inline.
@@ -179,7 +192,7 @@ class Graph:
         :raise Error: if that can't be; then nothing has changed.
         """
         child = await self._resolve_child(parent, role, reference)
-        await self._adopt(parent, role, child)
+        await self._adopt(parent, role, child, inline=not isinstance(reference, str))
         return child
 
     async def _resolve_child(self, parent: Node, role: str, reference: str | Mapping[str, Any]) -> Node:
@@ -189,8 +202,11 @@ class Graph:
             return parent
         return own or await self._resolve(reference, parent.node_options.for_child(role))
 
-    async def _adopt(self, parent: Node, role: str, child: Node) -> None:
-        """Attach `child` below `parent`; if that can't be, close it unless it is somebody's."""
+    async def _adopt(self, parent: Node, role: str, child: Node, *, inline: bool) -> None:
+        """Attach `child` below `parent`; if that can't be, close it unless it is somebody's.
+
+        :param inline: the child was made along with its parent, and inherits from it.
+        """
         if child is parent:
             raise Error(f"Making '{parent.name}' a {role} child of '{parent.name}' would create a cycle")
         try:
@@ -198,6 +214,8 @@ class Graph:
         except BaseException:
             await self._release(child)
             raise
+        if inline:
+            child.inherits_from = parent
 
     async def _resolve(self, reference: str | Mapping[str, Any], options: NodeOptions) -> Node:
         if isinstance(reference, str):
@@ -231,11 +249,7 @@ class Graph:
         self._nodes[node.name] = node
         try:
             if file is not None:
-                try:
-                    self._link(node, "file", file)
-                except BaseException:
-                    await self._release(file)
-                    raise
+                await self._adopt(node, "file", file, inline=not isinstance(options["file"], str))
             await node.open()
             if node.size > MAX_SIZE:
                 raise Error(f"Could not refresh total sector count: {os.strerror(errno.EFBIG)}")
@@ -275,7 +289,7 @@ class Graph:
                 return None
             with _backing_failures():
                 child = await self._resolve_child(overlay, "backing", reference)
-            await self._adopt(overlay, "backing", child)
+            await self._adopt(overlay, "backing", child, inline=not isinstance(reference, str))
             return None
         with _backing_failures():
             name = overlay.full_backing_filename
@@ -283,7 +297,7 @@ class Graph:
                 return None
             inherited = overlay.node_options.for_child("backing")
             child = await self._open_named(name, overlay.backing_format, inherited)
-        await self._adopt(overlay, "backing", child)
+        await self._adopt(overlay, "backing", child, inline=True)
         if child.identity in seen:
             raise Error(f"Backing file '{name}' creates an infinite loop.")
         overlay.implied_backing = child.filename
@@ -360,6 +374,10 @@ class Graph:
 
         :raise Error: if it is not there, not the monitor's, or in use.
         """
+        async with self._changing:
+            await self._delete(name)
+
+    async def _delete(self, name: str) -> None:
         node = self.find(name)
         if node is None:
             raise Error(f"Failed to find node with node-name='{name}'")
@@ -479,8 +497,60 @@ class Graph:
         if edge.perm or edge.shared != Permission.everything():
             self._refresh(edge.child)
 
-    def _refresh(self, root: Node) -> None:
-        """Work out the permissions of `root` and all below it, check them, then set them.
+    # -- changes of what is there
+
+    @contextlib.asynccontextmanager
+    async def change(self) -> AsyncIterator[Change]:
+        """A change of several steps: all of them are made, or none.  There is one at a time."""
+        async with self._changing, Change() as change:
+            yield change
+
+    def swap_child(self, parent: Node, role: str, child: Node | None, change: Change) -> None:
+        """Put `child` (or nothing) below `parent` in place of what is there in this role.
+
+        The permissions are not looked at before :meth:`settle` is called.
+
+        :raise Error: if that would make a cycle.
+        """
+        if child is not None and parent in _parents_first(child):
+            raise Error(f"Making '{child.name}' a {role} child of '{parent.name}' would create a cycle")
+        change.on_failure(_put_back, parent.children, dict(parent.children))
+        before = parent.children.get(role)
+        if before is not None:
+            _take_edge(before, change)
+            del parent.children[role]
+            change.on_success(self._release, before.child)
+        if child is not None:
+            edge = Edge(parent, role, child, Permission.nothing(), Permission.everything())
+            _put_edge(edge, change)
+            parent.children[role] = edge
+
+    def replace(self, old: Node, new: Node, change: Change) -> None:
+        """Let all users of `old` use `new`, except those below `new`, which need `old` themselves.
+
+        The permissions are not looked at before :meth:`settle` is called.
+        """
+        below = _parents_first(new)
+        for edge in reversed([edge for edge in old.parents if edge.parent not in below]):
+            _take_edge(edge, change)
+            change.on_failure(setattr, edge, "child", old)
+            edge.child = new
+            _put_edge(edge, change)
+
+    def settle(self, *nodes: Node, frozen: Collection[Node] = ()) -> None:
+        """Give all nodes from these on down the permissions that the graph as it is asks for.
+
+        :param frozen: those that have just become read-only.
+        :raise Error: on a conflict; then the permissions are those from before.
+        """
+        self._refresh(*nodes, frozen=frozen)
+
+    async def release(self, node: Node) -> None:
+        """Close `node` if nobody uses or owns it (any more)."""
+        await self._release(node)
+
+    def _refresh(self, *roots: Node, frozen: Collection[Node] = ()) -> None:
+        """Work out the permissions of `roots` and all below them, check them, then set them.
 
         Parents come before their children, so that a node which is reached in
         two ways is looked at once, when all that is asked of it is known.
@@ -488,7 +558,7 @@ class Graph:
         proposed: dict[Edge, tuple[Permission, Permission]] = {}
         prepared: list[Node] = []
         try:
-            for node in _parents_first(root):
+            for node in _parents_first(*roots):
                 asked = [(edge, *proposed.get(edge, (edge.perm, edge.shared))) for edge in node.parents]
                 perm, shared = Permission.nothing(), Permission.everything()
                 for _, edge_perm, edge_shared in asked:
@@ -497,6 +567,8 @@ class Graph:
                 if perm & ~shared:
                     _check_conflicts(node, asked)
                 if node.read_only and perm & (Permission.WRITE | Permission.WRITE_UNCHANGED):
+                    if node in frozen:
+                        raise Error(f"Read-only block node '{node.name}' cannot support read-write users")
                     raise Error("Block node is read-only")
                 prepared.append(node)
                 node.prepare_permissions(perm, shared)
@@ -584,6 +656,24 @@ def _users(nodes: Iterable[Node]) -> Iterable[Backend]:
     return found.values()
 
 
+def _put_back(children: dict[str, Edge], before: Mapping[str, Edge]) -> None:
+    children.clear()
+    children.update(before)
+
+
+def _take_edge(edge: Edge, change: Change) -> None:
+    """Take an edge out of its child's list."""
+    place = edge.child.parents.index(edge)
+    edge.child.parents.remove(edge)
+    change.on_failure(edge.child.parents.insert, place, edge)
+
+
+def _put_edge(edge: Edge, change: Change) -> None:
+    """Put an edge at the head of its child's list."""
+    edge.child.parents.insert(0, edge)
+    change.on_failure(edge.child.parents.remove, edge)
+
+
 def _below(node: Node) -> dict[str, Node]:
     """The nodes below `node` by their names."""
     found: dict[str, Node] = {}
@@ -592,8 +682,8 @@ def _below(node: Node) -> dict[str, Node]:
     return found
 
 
-def _parents_first(root: Node) -> list[Node]:
-    """`root` and all nodes below it, each before those that it uses."""
+def _parents_first(*roots: Node) -> list[Node]:
+    """`roots` and all nodes below them, each before those that it uses."""
     order: list[Node] = []
     seen: set[int] = set()
 
@@ -605,7 +695,8 @@ def _parents_first(root: Node) -> list[Node]:
             visit(edge.child)
         order.append(node)
 
-    visit(root)
+    for root in roots:
+        visit(root)
     order.reverse()
     return order
 
