@@ -13,6 +13,7 @@ from typing import Any, Final, TextIO
 from qmpd import __version__
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
+from qmpd.block.node import Node
 from qmpd.commands import block_export, table
 from qmpd.commands.parts import Parts
 from qmpd.export.exports import Exports
@@ -51,7 +52,10 @@ class Daemon:
         self.schema = load(schema_directory())
         self._objects = ObjectTree(self.schema)
         self._graph = Graph(
-            DRIVERS, secrets=self._objects.secret_bytes, validate=self._validated_blockdev_options
+            DRIVERS,
+            secrets=self._objects.secret_bytes,
+            validate=self._validated_blockdev_options,
+            corrupted=self._image_corrupted,
         )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit)
@@ -180,6 +184,15 @@ class Daemon:
         validated: dict[str, Any] = self.schema.coerce("BlockdevOptions", options)
         self.schema.validate("BlockdevOptions", validated)
         return validated
+
+    def _image_corrupted(self, node: Node, message: str, offset: int, size: int, fatal: bool) -> None:
+        _say(f"{node.name}: {'marking image as corrupt' if fatal else 'image is corrupt'}: {message}")
+        data: dict[str, Any] = {"device": "", "node-name": node.name, "msg": message}
+        if offset >= 0:
+            data["offset"] = offset
+        if size >= 0:
+            data["size"] = size
+        self._emit("BLOCK_IMAGE_CORRUPTED", {**data, "fatal": fatal})
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
         for monitor in self._monitors:

@@ -76,6 +76,11 @@ class _Section:
             backend.end_drained()
 
 
+#: Is told of a damaged image: the node; what is wrong; where it is in the file and how long, in
+#: bytes, -1 where that says nothing; whether the image can't be used any more.
+Corrupted = Callable[[Node, str, int, int, bool], None]
+
+
 class Graph:
     """All nodes of a daemon and their users.
 
@@ -84,6 +89,7 @@ class Graph:
         use, for the user to wipe; raises Error if there is none.
     :param validate: checks BlockdevOptions that stand in an image's header, and returns them with
         numbers where there were strings for numbers; raises Error.
+    :param corrupted: is told when a driver finds that an image is damaged.
     """
 
     def __init__(
@@ -92,7 +98,9 @@ class Graph:
         *,
         secrets: Callable[[str], bytearray],
         validate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        corrupted: Corrupted | None = None,
     ) -> None:
+        self._corrupted = corrupted
         self._drivers = drivers
         self._validate = validate
         self._known_drivers: dict[str, type[Node]] = {}
@@ -145,6 +153,11 @@ class Graph:
         :raise Error: if there is none.
         """
         return self.lookup(name, name)
+
+    def report_corruption(self, node: Node, message: str, offset: int, size: int, fatal: bool) -> None:
+        """A driver has found that its image is damaged; see `Corrupted`."""
+        if self._corrupted is not None:
+            self._corrupted(node, message, offset, size, fatal)
 
     # -- adding
 
@@ -400,6 +413,9 @@ class Graph:
 
     async def _dispose(self, node: Node) -> None:
         node.ready = False
+        with contextlib.suppress(OSError):
+            # Nobody is left who could be told that it failed.
+            await node.settle()
         children = [edge.child for edge in node.children.values()]
         for edge in list(node.children.values()):
             self._unlink(edge)

@@ -193,6 +193,14 @@ class Node(ABC):
         """
         raise errno_error(errno.EOPNOTSUPP)
 
+    async def settle(self) -> None:  # noqa: B027
+        """Write back what is in memory only; the children are still there.
+
+        Called before `close`, also after a failed `open`.
+
+        :raise OSError: what the storage says.
+        """
+
     async def close(self) -> None:  # noqa: B027
         """Let go of everything that is no child.  Called once, also after a failed `open`."""
 
@@ -316,6 +324,26 @@ class Node(ABC):
         return sum(edge.child.allocated_size for edge in self.storage_children)
 
     @property
+    def can_grow(self) -> bool:
+        """Whether a write behind the end makes the disk larger."""
+        return False
+
+    @property
+    def grows_with_zeroes(self) -> bool:
+        """Whether what nobody has written yet in a disk that has grown reads as zeroes."""
+        return False
+
+    @property
+    def cluster_size(self) -> int | None:
+        """The bytes of a cluster of the image's format, or None if it has none."""
+        return None
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the image says that it was not closed properly, or is in use."""
+        return False
+
+    @property
     def has_info(self) -> bool:
         """Whether the driver can tell more about the image (its "dirty" flag)."""
         return self.file.has_info
@@ -357,19 +385,22 @@ class Node(ABC):
         data = memoryview(await self._pread(offset - head, head + length + tail))
         return data[head : head + length]
 
-    async def pwrite(self, offset: int, data: Data) -> None:
+    async def pwrite(self, offset: int, data: Data, *, grow: bool = False) -> None:
         """Write `data` at `offset`.
 
+        :param grow: what lies behind the disk's end makes it larger, if its driver can that; the
+            caller has the permission to resize it.
         :raise OSError: EIO outside the disk, EPERM on a read-only node, or what the storage says.
         """
         view = memoryview(data).cast("B")
         length = len(view)
-        self.check_request(offset, length)
+        if not (grow and self.can_grow and offset >= 0):
+            self.check_request(offset, length)
         self._check_writable()
         if not length:
             return
         detect = self.node_options.detect_zeroes
-        if detect != "off" and _is_zero(view):
+        if detect != "off" and offset + length <= self.size and _is_zero(view):
             await self.pwrite_zeroes(offset, length, unmap=detect == "unmap")
             return
         alignment = self.request_alignment

@@ -221,13 +221,15 @@ def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
         "format": node.driver,
         "actual-size": node.allocated_size,
     }
+    if node.cluster_size is not None:
+        info["cluster-size"] = node.cluster_size
     if node.encrypted:
         info["encrypted"] = True
     specific = node.format_specific()
     if specific is not None:
         info["format-specific"] = specific
     if node.has_info:
-        info["dirty-flag"] = False
+        info["dirty-flag"] = node.dirty
     if node.internal_snapshots:
         info["snapshots"] = [snapshot_info(snapshot) for snapshot in node.internal_snapshots]
     if node.backing_filename is not None:

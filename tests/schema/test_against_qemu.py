@@ -45,7 +45,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         "blockdev-add.driver",
         "blkdebug blklogwrites blkreplay blkverify bochs cloop compress copy-before-write copy-on-read dmg "
         "ftp ftps gluster host_cdrom host_device http https iscsi nbd nfs nvme parallels preallocate qcow "
-        "qcow2 qed quorum rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat",
+        "qed quorum rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat",
         LATER,
     ),
     ("blockdev-add<file>", "aio-max-batch pr-manager x-check-cache-dropped", ORNAMENT),
@@ -55,6 +55,13 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         PRIMITIVES,
     ),
     ("blockdev-create.options<luks>.cipher-mode", "ctr ecb", PRIMITIVES),
+    (
+        "blockdev-create.options<qcow2>",
+        "backing-file backing-fmt cluster-size compression-type data-file data-file-raw encrypt extended-l2 "
+        "file lazy-refcounts preallocation refcount-bits size version",
+        LATER,
+    ),
+    ("query-named-block-nodes ->[].image.format-specific<qcow2>.data", "bitmaps", CHAINS),
     ("blockdev-create.options<luks>.ivgen-hash-alg", "ripemd160", PRIMITIVES),
     (
         "object-add.qom-type",
@@ -98,7 +105,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         "drive-backup",
         LATER,
     ),
-    ("query-named-block-nodes ->[].image.format-specific.type", "qcow2 rbd vmdk", LATER),
+    ("query-named-block-nodes ->[].image.format-specific.type", "rbd vmdk", LATER),
 )
 
 #: (place, members or values that only qmpd has there, why).

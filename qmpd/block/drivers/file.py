@@ -236,6 +236,16 @@ class FileNode(Node):
         return os.fstat(self._descriptor).st_blocks * 512
 
     @property
+    def can_grow(self) -> bool:
+        """As files do."""
+        return True
+
+    @property
+    def grows_with_zeroes(self) -> bool:
+        """Holes are zeroes."""
+        return True
+
+    @property
     def has_info(self) -> bool:
         """A file is never dirty, but it can say so."""
         return True

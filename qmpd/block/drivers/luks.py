@@ -130,6 +130,11 @@ class LuksNode(Node):
         return max(self.file.size - self._payload_offset, 0) // SECTOR * SECTOR
 
     @property
+    def can_grow(self) -> bool:
+        """As the payload's node; what it grows by does not read as zeroes, for it is deciphered."""
+        return self.file.can_grow
+
+    @property
     def encrypted(self) -> bool:
         """Always."""
         return True
@@ -191,7 +196,7 @@ class LuksNode(Node):
             if start:
                 await asyncio.sleep(0)
             tile = self._active_cipher.encrypt(data[start : start + TILE], (offset + start) // SECTOR)
-            await self.file.pwrite(self._payload_offset + offset + start, tile)
+            await self.file.pwrite(self._payload_offset + offset + start, tile, grow=self.can_grow)
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         await self.file.pdiscard(self._payload_offset + offset, length)

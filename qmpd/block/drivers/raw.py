@@ -59,6 +59,16 @@ class RawNode(Node):
             return self._fixed_size
         return -(-max(self.file.size - self._offset, 0) // SECTOR) * SECTOR
 
+    @property
+    def can_grow(self) -> bool:
+        """A window has a fixed size; else as the child."""
+        return self._fixed_size is None and self.file.can_grow
+
+    @property
+    def grows_with_zeroes(self) -> bool:
+        """As the child."""
+        return self.file.grows_with_zeroes
+
     def child_permissions(
         self, role: str, perm: Permission, shared: Permission
     ) -> tuple[Permission, Permission]:
@@ -75,7 +85,7 @@ class RawNode(Node):
         return bytes(await self.file.pread(start, max(available, 0))).ljust(length, b"\0")
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
-        await self.file.pwrite(self._offset + offset, data)
+        await self.file.pwrite(self._offset + offset, data, grow=self.can_grow)
 
     async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         try:
