@@ -280,6 +280,7 @@ class Graph:
         """
         overlay: Node | None = node
         seen: set[Hashable] = set()
+        followed: list[Node] = []
         while overlay is not None and overlay.supports_backing:
             seen.add(overlay.identity)
             if len(seen) > backing.LONGEST_CHAIN + 1:
@@ -288,6 +289,13 @@ class Graph:
                 overlay = await self._open_backing(overlay, seen)
             except Error as error:
                 raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc) from None
+            if overlay is not None:
+                followed.append(overlay)
+        # An image's name depends on whether the one behind it is the one that it names itself.
+        for child in reversed(followed):
+            parent = child.parents[0].parent
+            assert isinstance(parent, Node), "an image that was just opened has one user"
+            parent.implied_backing = child.filename
 
     async def _open_backing(self, overlay: Node, seen: Set[Hashable]) -> Node | None:
         """Open one backing image.
@@ -313,7 +321,6 @@ class Graph:
         await self._adopt(overlay, "backing", child, inline=True)
         if child.identity in seen:
             raise Error(f"Backing file '{name}' creates an infinite loop.")
-        overlay.implied_backing = child.filename
         return child
 
     async def _open_named(self, name: str, image_format: str | None, inherited: NodeOptions) -> Node:
@@ -552,6 +559,11 @@ class Graph:
             change.on_failure(setattr, edge, "child", old)
             edge.child = new
             _put_edge(edge, change)
+            if isinstance(edge.parent, Node):
+                # It is its parent's newest child now.
+                children = edge.parent.children
+                change.on_failure(_put_back, children, dict(children))
+                children[edge.name] = children.pop(edge.name)
 
     def settle(self, *nodes: Node, frozen: Collection[Node] = ()) -> None:
         """Give all nodes from these on down the permissions that the graph as it is asks for.

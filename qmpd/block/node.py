@@ -196,7 +196,7 @@ class Node(ABC):
     async def settle(self) -> None:  # noqa: B027
         """Write back what is in memory only; the children are still there.
 
-        Called before `close`, also after a failed `open`.
+        Called before `close`, also after a failed `open`, and before `reopen`.
 
         :raise OSError: what the storage says.
         """

@@ -89,6 +89,7 @@ async def _carry_out(graph: Graph, plan: Plan, change: Change) -> None:
     for node in plan:
         try:
             await node.flush()
+            await node.settle()
         except OSError as error:
             raise Error(f"Error flushing drive: {error.strerror}") from None
     concerned = [*plan, *(edge.child for node in plan for edge in node.children.values())]
