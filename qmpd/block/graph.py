@@ -111,6 +111,7 @@ class Graph:
         self._generated = 0
         self._sections: list[_Section] = []
         self._changing = asyncio.Lock()
+        self._departing: set[asyncio.Task[None]] = set()
         self._io_threads: ThreadPoolExecutor | None = None
         self._key_threads: ThreadPoolExecutor | None = None
 
@@ -419,7 +420,9 @@ class Graph:
             await self._dispose(node)
 
     async def _dispose(self, node: Node) -> None:
-        node.ready = False
+        if node.closing:
+            return
+        node.ready, node.closing = False, True
         with contextlib.suppress(OSError):
             # Nobody is left who could be told that it failed.
             await node.settle()
@@ -438,6 +441,7 @@ class Graph:
         """Detach all users, close all nodes, end the threads."""
         for backend in list(self.backends):
             backend.detach()
+        await self.departed()
         while self._nodes:
             for node in list(reversed(self._nodes.values())):
                 if not node.parents and node.name in self._nodes:
@@ -491,9 +495,24 @@ class Graph:
         return edge
 
     def detach(self, edge: Edge) -> None:
-        """Remove a backend's edge, and give back what it took."""
-        edge.child.parents.remove(edge)
-        self._refresh(edge.child)
+        """Remove a backend's edge, and give back what it took.
+
+        A node that was only this backend's, as an overlay that nobody has added may be, closes; see
+        :meth:`departed`.
+        """
+        node = edge.child
+        node.parents.remove(edge)
+        self._refresh(node)
+        if node.ready and not node.parents and not node.monitor_owned:
+            node.ready = False
+            departing = asyncio.get_running_loop().create_task(self._release(node))
+            self._departing.add(departing)
+            departing.add_done_callback(self._departing.discard)
+
+    async def departed(self) -> None:
+        """Return when all nodes are closed that have lost their last user."""
+        while self._departing:
+            await asyncio.wait(self._departing)
 
     def change_permissions(self, edge: Edge, perm: Permission, shared: Permission) -> None:
         """Take and share something else along `edge`.

@@ -120,6 +120,7 @@ class Node(ABC):
         self.read_only = node_options.read_only
         self.monitor_owned = False
         self.ready = False
+        self.closing = False
         self.children: dict[str, Edge] = {}
         #: Newest first: conflicts are looked for, and reported, in this order.
         self.parents: list[Edge] = []

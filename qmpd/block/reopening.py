@@ -58,10 +58,13 @@ async def reopen(graph: Graph, entries: Iterable[Mapping[str, Any]]) -> None:
         await _carry_out(graph, plan, change)
 
 
-async def set_read_only(graph: Graph, node: Node, change: Change) -> None:
-    """Make a node read-only, and the children that follow it."""
+async def set_read_only(graph: Graph, node: Node, read_only: bool, change: Change) -> None:
+    """Make a node read-only or not, and with it the children that follow it.
+
+    :raise Error: if somebody writes to it, or it can't be written to.
+    """
     plan: Plan = {}
-    _include(plan, node, node.options, node.node_options.as_read_only())
+    _include(plan, node, node.options, node.node_options.with_read_only(read_only))
     await _carry_out(graph, plan, change)
 
 

@@ -118,7 +118,7 @@ async def _freeze(graph: Graph, node: Node) -> None:
     """Nobody shall write to an image that has an overlay, if that can be had."""
     try:
         async with Change() as change:
-            await set_read_only(graph, node, change)
+            await set_read_only(graph, node, True, change)
     except Error:
         # Somebody else writes to it, and may.
         pass
@@ -139,17 +139,21 @@ async def change_backing_file(graph: Graph, device: str, name: str, backing_file
         node = graph.lookup(None, name)
         if node.backing is None:
             raise Error("not allowing backing file change on an image without a backing file")
-        check_unused_as_backing(node)
         if node not in graph.subtree(top):
             raise Error(f"'{device}' and image file are not in the same chain")
         await change.hold(graph.drained(node))
-        if node.read_only:
-            raise Error("Block node is read-only")
+        was_read_only = node.read_only
+        if was_read_only:
+            async with Change() as opening:
+                await set_read_only(graph, node, False, opening)
         try:
             image_format = node.backing.driver if backing_file else None
             await node.change_backing_name(backing_file or None, image_format)
         except OSError as error:
             raise Error(f"Could not change backing file to '{backing_file}': {error.strerror}") from None
+        finally:
+            if was_read_only:
+                await _freeze(graph, node)
 
 
 # -- snapshots inside an image

@@ -30,6 +30,7 @@ from qmpd.block.drivers.qcow2.header import (
     FULL_BYTES,
     INCOMPATIBLE_POSITION,
     L1_POSITION,
+    MAX_BACKING_NAME,
     MAX_L1_BYTES,
     SIZE_POSITION,
     SUBCLUSTERS,
@@ -38,6 +39,7 @@ from qmpd.block.drivers.qcow2.header import (
     Autoclear,
     Compatible,
     Encryption,
+    ExtensionType,
     Header,
     Incompatible,
 )
@@ -96,6 +98,7 @@ class Qcow2Node(Node):
             "cache-clean-interval",
             "cache-size",
             "discard-no-unref",
+            "encrypt",
             "l2-cache-entry-size",
             "l2-cache-size",
             "lazy-refcounts",
@@ -254,6 +257,8 @@ class Qcow2Node(Node):
         """Load the tables anew with the new settings; everything has been written back."""
         await super().reopen(options, node_options, change)
         header = self._header
+        if options.get("encrypt") is not None:
+            self._check_encryption(header)
         if not self.read_only and header.incompatible & Incompatible.CORRUPT:
             raise Error("qcow2: Image is corrupt; cannot be opened read/write")
         settings = Settings.parse(options, header, unmap=node_options.discard == "unmap")
@@ -278,6 +283,29 @@ class Qcow2Node(Node):
         except BaseException:
             self.read_only = True
             raise
+
+    async def change_backing_name(self, filename: str | None, image_format: str | None) -> None:
+        """Write the header's first cluster anew."""
+        meta = self._alive()
+        name = None if filename is None else filename.encode(errors="surrogateescape")
+        if name is not None and len(name) > MAX_BACKING_NAME:
+            raise errno_error(errno.EINVAL)
+        header = self._header.copy()
+        before = len(header.build())
+        header.backing_name = name
+        kind = ExtensionType.BACKING_FORMAT
+        header.set_extension(kind, None if image_format is None else image_format.encode())
+        try:
+            data = header.build()
+        except Error:
+            raise errno_error(errno.ENOSPC) from None
+        await meta.commit()
+        await self.file.pwrite(0, data.ljust(before, b"\0"))
+        await self.file.flush()
+        self._header.backing_name = name
+        self._header.set_extension(kind, header.extension(kind))
+        self.backing_filename, self.backing_format = filename, header.backing_format
+        self.implied_backing = None
 
     async def settle(self) -> None:
         """Write back all tables, and say that the image was closed properly."""
