@@ -18,12 +18,13 @@ import errno
 import os
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Set
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from qmpd.block import backing
 from qmpd.block.backend import Backend
+from qmpd.block.change import Change
 from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
@@ -109,6 +110,8 @@ class Graph:
         self.backends: list[Backend] = []
         self._generated = 0
         self._sections: list[_Section] = []
+        self._changing = asyncio.Lock()
+        self._departing: set[asyncio.Task[None]] = set()
         self._io_threads: ThreadPoolExecutor | None = None
         self._key_threads: ThreadPoolExecutor | None = None
 
@@ -171,6 +174,17 @@ class Graph:
         node.monitor_owned = True
         return node
 
+    async def open_without_backing(self, options: Mapping[str, Any]) -> Node:
+        """Open a node that nobody owns yet, and not the images behind it.
+
+        :param options: BlockdevOptions in QAPI's names, not validated.
+        :raise Error: if it can't be opened; then nothing has changed.
+        """
+        checked = self._validate({**options})
+        node = await self._open_image(checked, None)
+        self._show(node)
+        return node
+
     @contextlib.asynccontextmanager
     async def borrow(self, reference: str | Mapping[str, Any]) -> Any:
         """A node for the time of an ``async with``: an existing one, or one defined inline.
@@ -192,7 +206,7 @@ class Graph:
         :raise Error: if that can't be; then nothing has changed.
         """
         child = await self._resolve_child(parent, role, reference)
-        await self._adopt(parent, role, child)
+        await self._adopt(parent, role, child, inline=not isinstance(reference, str))
         return child
 
     async def _resolve_child(self, parent: Node, role: str, reference: str | Mapping[str, Any]) -> Node:
@@ -202,8 +216,11 @@ class Graph:
             return parent
         return own or await self._resolve(reference, parent.node_options.for_child(role))
 
-    async def _adopt(self, parent: Node, role: str, child: Node) -> None:
-        """Attach `child` below `parent`; if that can't be, close it unless it is somebody's."""
+    async def _adopt(self, parent: Node, role: str, child: Node, *, inline: bool) -> None:
+        """Attach `child` below `parent`; if that can't be, close it unless it is somebody's.
+
+        :param inline: the child was made along with its parent, and inherits from it.
+        """
         if child is parent:
             raise Error(f"Making '{parent.name}' a {role} child of '{parent.name}' would create a cycle")
         try:
@@ -211,6 +228,8 @@ class Graph:
         except BaseException:
             await self._release(child)
             raise
+        if inline:
+            child.inherits_from = parent
 
     async def _resolve(self, reference: str | Mapping[str, Any], options: NodeOptions) -> Node:
         if isinstance(reference, str):
@@ -244,11 +263,7 @@ class Graph:
         self._nodes[node.name] = node
         try:
             if file is not None:
-                try:
-                    self._link(node, "file", file)
-                except BaseException:
-                    await self._release(file)
-                    raise
+                await self._adopt(node, "file", file, inline=not isinstance(options["file"], str))
             await node.open()
             if node.size > MAX_SIZE:
                 raise Error(f"Could not refresh total sector count: {os.strerror(errno.EFBIG)}")
@@ -266,6 +281,7 @@ class Graph:
         """
         overlay: Node | None = node
         seen: set[Hashable] = set()
+        followed: list[Node] = []
         while overlay is not None and overlay.supports_backing:
             seen.add(overlay.identity)
             if len(seen) > backing.LONGEST_CHAIN + 1:
@@ -274,6 +290,13 @@ class Graph:
                 overlay = await self._open_backing(overlay, seen)
             except Error as error:
                 raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc) from None
+            if overlay is not None:
+                followed.append(overlay)
+        # An image's name depends on whether the one behind it is the one that it names itself.
+        for child in reversed(followed):
+            parent = child.parents[0].parent
+            assert isinstance(parent, Node), "an image that was just opened has one user"
+            parent.implied_backing = child.filename
 
     async def _open_backing(self, overlay: Node, seen: Set[Hashable]) -> Node | None:
         """Open one backing image.
@@ -288,7 +311,7 @@ class Graph:
                 return None
             with _backing_failures():
                 child = await self._resolve_child(overlay, "backing", reference)
-            await self._adopt(overlay, "backing", child)
+            await self._adopt(overlay, "backing", child, inline=not isinstance(reference, str))
             return None
         with _backing_failures():
             name = overlay.full_backing_filename
@@ -296,10 +319,9 @@ class Graph:
                 return None
             inherited = overlay.node_options.for_child("backing")
             child = await self._open_named(name, overlay.backing_format, inherited)
-        await self._adopt(overlay, "backing", child)
+        await self._adopt(overlay, "backing", child, inline=True)
         if child.identity in seen:
             raise Error(f"Backing file '{name}' creates an infinite loop.")
-        overlay.implied_backing = child.filename
         return child
 
     async def _open_named(self, name: str, image_format: str | None, inherited: NodeOptions) -> Node:
@@ -373,6 +395,10 @@ class Graph:
 
         :raise Error: if it is not there, not the monitor's, or in use.
         """
+        async with self._changing:
+            await self._delete(name)
+
+    async def _delete(self, name: str) -> None:
         node = self.find(name)
         if node is None:
             raise Error(f"Failed to find node with node-name='{name}'")
@@ -394,7 +420,9 @@ class Graph:
             await self._dispose(node)
 
     async def _dispose(self, node: Node) -> None:
-        node.ready = False
+        if node.closing:
+            return
+        node.ready, node.closing = False, True
         with contextlib.suppress(OSError):
             # Nobody is left who could be told that it failed.
             await node.settle()
@@ -413,6 +441,7 @@ class Graph:
         """Detach all users, close all nodes, end the threads."""
         for backend in list(self.backends):
             backend.detach()
+        await self.departed()
         while self._nodes:
             for node in list(reversed(self._nodes.values())):
                 if not node.parents and node.name in self._nodes:
@@ -466,9 +495,24 @@ class Graph:
         return edge
 
     def detach(self, edge: Edge) -> None:
-        """Remove a backend's edge, and give back what it took."""
-        edge.child.parents.remove(edge)
-        self._refresh(edge.child)
+        """Remove a backend's edge, and give back what it took.
+
+        A node that was only this backend's, as an overlay that nobody has added may be, closes; see
+        :meth:`departed`.
+        """
+        node = edge.child
+        node.parents.remove(edge)
+        self._refresh(node)
+        if node.ready and not node.parents and not node.monitor_owned:
+            node.ready = False
+            departing = asyncio.get_running_loop().create_task(self._release(node))
+            self._departing.add(departing)
+            departing.add_done_callback(self._departing.discard)
+
+    async def departed(self) -> None:
+        """Return when all nodes are closed that have lost their last user."""
+        while self._departing:
+            await asyncio.wait(self._departing)
 
     def change_permissions(self, edge: Edge, perm: Permission, shared: Permission) -> None:
         """Take and share something else along `edge`.
@@ -495,8 +539,65 @@ class Graph:
         if edge.perm or edge.shared != Permission.everything():
             self._refresh(edge.child)
 
-    def _refresh(self, root: Node) -> None:
-        """Work out the permissions of `root` and all below it, check them, then set them.
+    # -- changes of what is there
+
+    @contextlib.asynccontextmanager
+    async def change(self) -> AsyncIterator[Change]:
+        """A change of several steps: all of them are made, or none.  There is one at a time."""
+        async with self._changing, Change() as change:
+            yield change
+
+    def swap_child(self, parent: Node, role: str, child: Node | None, change: Change) -> None:
+        """Put `child` (or nothing) below `parent` in place of what is there in this role.
+
+        The permissions are not looked at before :meth:`settle` is called.
+
+        :raise Error: if that would make a cycle.
+        """
+        if child is not None and parent in _parents_first(child):
+            raise Error(f"Making '{child.name}' a {role} child of '{parent.name}' would create a cycle")
+        change.on_failure(_put_back, parent.children, dict(parent.children))
+        before = parent.children.get(role)
+        if before is not None:
+            _take_edge(before, change)
+            del parent.children[role]
+            change.on_success(self._release, before.child)
+        if child is not None:
+            edge = Edge(parent, role, child, Permission.nothing(), Permission.everything())
+            _put_edge(edge, change)
+            parent.children[role] = edge
+
+    def replace(self, old: Node, new: Node, change: Change) -> None:
+        """Let all users of `old` use `new`, except those below `new`, which need `old` themselves.
+
+        The permissions are not looked at before :meth:`settle` is called.
+        """
+        below = _parents_first(new)
+        for edge in reversed([edge for edge in old.parents if edge.parent not in below]):
+            _take_edge(edge, change)
+            change.on_failure(setattr, edge, "child", old)
+            edge.child = new
+            _put_edge(edge, change)
+            if isinstance(edge.parent, Node):
+                # It is its parent's newest child now.
+                children = edge.parent.children
+                change.on_failure(_put_back, children, dict(children))
+                children[edge.name] = children.pop(edge.name)
+
+    def settle(self, *nodes: Node, frozen: Collection[Node] = ()) -> None:
+        """Give all nodes from these on down the permissions that the graph as it is asks for.
+
+        :param frozen: those that have just become read-only.
+        :raise Error: on a conflict; then the permissions are those from before.
+        """
+        self._refresh(*nodes, frozen=frozen)
+
+    async def release(self, node: Node) -> None:
+        """Close `node` if nobody uses or owns it (any more)."""
+        await self._release(node)
+
+    def _refresh(self, *roots: Node, frozen: Collection[Node] = ()) -> None:
+        """Work out the permissions of `roots` and all below them, check them, then set them.
 
         Parents come before their children, so that a node which is reached in
         two ways is looked at once, when all that is asked of it is known.
@@ -504,7 +605,7 @@ class Graph:
         proposed: dict[Edge, tuple[Permission, Permission]] = {}
         prepared: list[Node] = []
         try:
-            for node in _parents_first(root):
+            for node in _parents_first(*roots):
                 asked = [(edge, *proposed.get(edge, (edge.perm, edge.shared))) for edge in node.parents]
                 perm, shared = Permission.nothing(), Permission.everything()
                 for _, edge_perm, edge_shared in asked:
@@ -513,6 +614,8 @@ class Graph:
                 if perm & ~shared:
                     _check_conflicts(node, asked)
                 if node.read_only and perm & (Permission.WRITE | Permission.WRITE_UNCHANGED):
+                    if node in frozen:
+                        raise Error(f"Read-only block node '{node.name}' cannot support read-write users")
                     raise Error("Block node is read-only")
                 prepared.append(node)
                 node.prepare_permissions(perm, shared)
@@ -600,6 +703,24 @@ def _users(nodes: Iterable[Node]) -> Iterable[Backend]:
     return found.values()
 
 
+def _put_back(children: dict[str, Edge], before: Mapping[str, Edge]) -> None:
+    children.clear()
+    children.update(before)
+
+
+def _take_edge(edge: Edge, change: Change) -> None:
+    """Take an edge out of its child's list."""
+    place = edge.child.parents.index(edge)
+    edge.child.parents.remove(edge)
+    change.on_failure(edge.child.parents.insert, place, edge)
+
+
+def _put_edge(edge: Edge, change: Change) -> None:
+    """Put an edge at the head of its child's list."""
+    edge.child.parents.insert(0, edge)
+    change.on_failure(edge.child.parents.remove, edge)
+
+
 def _below(node: Node) -> dict[str, Node]:
     """The nodes below `node` by their names."""
     found: dict[str, Node] = {}
@@ -608,8 +729,8 @@ def _below(node: Node) -> dict[str, Node]:
     return found
 
 
-def _parents_first(root: Node) -> list[Node]:
-    """`root` and all nodes below it, each before those that it uses."""
+def _parents_first(*roots: Node) -> list[Node]:
+    """`roots` and all nodes below them, each before those that it uses."""
     order: list[Node] = []
     seen: set[int] = set()
 
@@ -621,7 +742,8 @@ def _parents_first(root: Node) -> list[Node]:
             visit(edge.child)
         order.append(node)
 
-    visit(root)
+    for root in roots:
+        visit(root)
     order.reverse()
     return order
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from qmpd.block.backing import full_name
+from qmpd.block.change import Change
 from qmpd.block.edge import Edge
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
@@ -55,6 +56,25 @@ class BlockStatus:
     depth: int = 1
 
 
+@dataclass(frozen=True)
+class InternalSnapshot:
+    """A snapshot inside an image.
+
+    :param id: unique in the image.
+    :param vm_state_size: the bytes of a machine's state that belong to it.
+    :param date: when it was made, in nanoseconds since 1970.
+    :param vm_clock: what the machine's clock said, in nanoseconds.
+    :param icount: how many instructions the machine had done, if it was known.
+    """
+
+    id: str
+    name: str
+    vm_state_size: int = 0
+    date: int = 0
+    vm_clock: int = 0
+    icount: int | None = None
+
+
 class NotSupported(Exception):
     """The driver has no way of its own for a request; the caller falls back."""
 
@@ -80,6 +100,11 @@ class Node(ABC):
     #: Whether images of this format can have a backing image (role "backing").  Such a driver says
     #: in `_block_status` with a depth of 0 what an image does not hold itself.
     supports_backing: ClassVar[bool] = False
+    #: Options that `blockdev-reopen` may give another value, and those that it may leave out again.
+    changeable_options: ClassVar[frozenset[str]] = frozenset()
+    resettable_options: ClassVar[frozenset[str]] = frozenset()
+    #: Whether images of this format can hold snapshots of themselves.
+    supports_internal_snapshots: ClassVar[bool] = False
     #: Options that make a difference to the data, so that they appear in a `json:` file name.
     strong_options: ClassVar[tuple[str, ...]] = ()
     #: Requests must begin and end at multiples of this many bytes.
@@ -95,6 +120,7 @@ class Node(ABC):
         self.read_only = node_options.read_only
         self.monitor_owned = False
         self.ready = False
+        self.closing = False
         self.children: dict[str, Edge] = {}
         #: Newest first: conflicts are looked for, and reported, in this order.
         self.parents: list[Edge] = []
@@ -108,6 +134,8 @@ class Node(ABC):
         self.backing_format: str | None = None
         #: The file name of the node that was opened because of that name.
         self.implied_backing: str | None = None
+        #: The node along with which this one was made, if any; it inherits options from there.
+        self.inherits_from: Node | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -120,10 +148,56 @@ class Node(ABC):
         :raise Error: if it can't be.
         """
 
+    async def reopen(self, options: Mapping[str, Any], node_options: NodeOptions, change: Change) -> None:
+        """Work with other options from now on; nothing is under way in the node meanwhile.
+
+        A driver does more if it keeps anything that depends on its options.  What is not in
+        `changeable_options` and `resettable_options` is the same as before.
+
+        :raise Error: if they make no sense; whatever has been done is undone by `change`.
+        """
+        change.on_failure(self._set_options, self.options, self.node_options)
+        self._set_options(options, node_options)
+
+    def _set_options(self, options: Mapping[str, Any], node_options: NodeOptions) -> None:
+        self.options = options
+        self.node_options = node_options
+        self.read_only = node_options.read_only
+
+    async def change_backing_name(self, filename: str | None, image_format: str | None) -> None:
+        """Write another name of a backing image into the header; the graph stays as it is.
+
+        A driver that supports it sets `backing_filename` and `backing_format` as well.
+
+        :param filename: the new name, or None for no backing image.
+        :raise OSError: what the storage says; EOPNOTSUPP if the format has no such name.
+        """
+        raise errno_error(errno.EOPNOTSUPP)
+
+    @property
+    def internal_snapshots(self) -> list[InternalSnapshot]:
+        """The snapshots in the image, in the order of its table."""
+        return []
+
+    async def create_internal_snapshot(self, name: str, now: float) -> None:
+        """Keep the disk's present contents under `name`; nothing is under way in the node meanwhile.
+
+        :param now: the time, in seconds since 1970.
+        :raise OSError: what the storage says.
+        """
+        raise errno_error(errno.EOPNOTSUPP)
+
+    async def delete_internal_snapshot(self, snapshot_id: str) -> None:
+        """Forget a snapshot that is there; nothing is under way in the node meanwhile.
+
+        :raise OSError: what the storage says.
+        """
+        raise errno_error(errno.EOPNOTSUPP)
+
     async def settle(self) -> None:  # noqa: B027
         """Write back what is in memory only; the children are still there.
 
-        Called before `close`, also after a failed `open`.
+        Called before `close`, also after a failed `open`, and before `reopen`.
 
         :raise OSError: what the storage says.
         """

@@ -7,13 +7,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from qmpd.block import inspection
+from qmpd.block import inspection, snapshots
 from qmpd.block.accounting import Accounting
 from qmpd.block.backend import Backend
+from qmpd.block.change import Change
 from qmpd.block.drivers import can_create, create
 from qmpd.block.graph import check_unused_as_backing
-from qmpd.block.node import Node
+from qmpd.block.node import InternalSnapshot, Node
 from qmpd.block.permissions import Permission
+from qmpd.block.reopening import reopen
 from qmpd.commands.parts import Handler, Parts
 from qmpd.errors import DeviceNotActive, Error
 from qmpd.qom.guest_disk import GuestDisk
@@ -60,6 +62,64 @@ async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
         async with parts.graph.drained(*parts.graph.subtree(node)):
             await backend.truncate(arguments["size"])
     return {}
+
+
+# -- changing what is there
+
+
+async def blockdev_reopen(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Give nodes other options."""
+    await reopen(parts.graph, arguments["options"])
+    return {}
+
+
+async def blockdev_snapshot(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Put an overlay in front of a node."""
+    async with parts.graph.change() as change:
+        await snapshots.put_overlay(parts.graph, arguments["node"], arguments["overlay"], change)
+    return {}
+
+
+async def snapshot_sync(parts: Parts, arguments: dict[str, Any], change: Change) -> None:
+    """Make an overlay and put it in front of a disk, as a step of a change."""
+    await snapshots.put_new_overlay(
+        parts.graph,
+        parts.graph.lookup(arguments.get("device"), arguments.get("node-name")),
+        arguments["snapshot-file"],
+        arguments.get("snapshot-node-name"),
+        change,
+        image_format=arguments.get("format", "qcow2"),
+        existing=arguments.get("mode") == "existing",
+        needs_name="node-name" in arguments,
+    )
+
+
+async def blockdev_snapshot_sync(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make an overlay and put it in front of a disk."""
+    async with parts.graph.change() as change:
+        await snapshot_sync(parts, arguments, change)
+    return {}
+
+
+async def change_backing_file(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Write a name into an image's header."""
+    await snapshots.change_backing_file(
+        parts.graph, arguments["device"], arguments["image-node-name"], arguments["backing-file"]
+    )
+    return {}
+
+
+async def blockdev_snapshot_internal_sync(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make a snapshot inside an image."""
+    async with parts.graph.change() as change:
+        await snapshots.create_internal(parts.graph, arguments["device"], arguments["name"], change)
+    return {}
+
+
+async def blockdev_snapshot_delete_internal_sync(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Forget a snapshot inside an image."""
+    snapshot_id, name = arguments.get("id"), arguments.get("name")
+    return snapshot_info(await snapshots.delete_internal(parts.graph, arguments["device"], snapshot_id, name))
 
 
 # -- queries
@@ -138,6 +198,21 @@ def permission_list(permissions: Permission) -> list[str]:
     return [name for permission, name in _PERMISSIONS if permission & permissions]
 
 
+def snapshot_info(snapshot: InternalSnapshot) -> dict[str, Any]:
+    """SnapshotInfo."""
+    second = 1_000_000_000
+    return {
+        "vm-clock-nsec": snapshot.vm_clock % second,
+        "name": snapshot.name,
+        "date-sec": snapshot.date // second,
+        "date-nsec": snapshot.date % second,
+        "vm-clock-sec": snapshot.vm_clock // second,
+        "id": snapshot.id,
+        "vm-state-size": snapshot.vm_state_size,
+        **({} if snapshot.icount is None else {"icount": snapshot.icount}),
+    }
+
+
 def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
     """ImageInfo, and unless it shall be `flat` that of the images behind."""
     info: dict[str, Any] = {
@@ -155,6 +230,8 @@ def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
         info["format-specific"] = specific
     if node.has_info:
         info["dirty-flag"] = node.dirty
+    if node.internal_snapshots:
+        info["snapshots"] = [snapshot_info(snapshot) for snapshot in node.internal_snapshots]
     if node.backing_filename is not None:
         info["backing-filename"] = node.backing_filename
         with suppress(Error):
@@ -282,6 +359,12 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "blockdev-del": blockdev_del,
     "blockdev-create": blockdev_create,
     "block_resize": block_resize,
+    "blockdev-reopen": blockdev_reopen,
+    "blockdev-snapshot": blockdev_snapshot,
+    "blockdev-snapshot-sync": blockdev_snapshot_sync,
+    "change-backing-file": change_backing_file,
+    "blockdev-snapshot-internal-sync": blockdev_snapshot_internal_sync,
+    "blockdev-snapshot-delete-internal-sync": blockdev_snapshot_delete_internal_sync,
     "query-named-block-nodes": query_named_block_nodes,
     "query-block": query_block,
     "query-blockstats": query_blockstats,

@@ -29,7 +29,7 @@ Entity = Mapping[str, Any]
 LATER: Final = "comes together with the driver, object or job that it belongs to"
 MACHINE: Final = "is about a machine, of which there is none"
 NETWORK: Final = "is about networks or a guest's other devices"
-CHAINS: Final = "is about snapshots, compression and bitmaps, which no driver of ours has"
+CHAINS: Final = "is about compression and bitmaps, which no driver of ours has"
 THROTTLING: Final = "belongs to the throttle driver, which is not there yet"
 PRIMITIVES: Final = "is not offered by the cryptography library, or is no mode for a disk"
 ORNAMENT: Final = "would have no effect"
@@ -95,8 +95,15 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ("query-named-block-nodes ->[]", _RATES, THROTTLING),
     (
         "query-named-block-nodes ->[].image",
-        "compressed snapshots",
+        "compressed",
         CHAINS,
+    ),
+    (
+        "transaction.actions[].type",
+        "block-dirty-bitmap-add block-dirty-bitmap-clear block-dirty-bitmap-disable "
+        "block-dirty-bitmap-enable block-dirty-bitmap-merge block-dirty-bitmap-remove blockdev-backup "
+        "drive-backup",
+        LATER,
     ),
     ("query-named-block-nodes ->[].image.format-specific.type", "rbd vmdk", LATER),
 )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
+from typing import Any
 
+from qmpd.block.change import Change
 from qmpd.block.node import SECTOR, BlockStatus, Data, Node, NotSupported
+from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
 
@@ -14,9 +18,20 @@ class RawNode(Node):
 
     driver = "raw"
     strong_options = ("offset", "size")
+    changeable_options = resettable_options = frozenset(strong_options)
 
     async def open(self) -> None:
         """Check the window against the child's size."""
+        self._set_window()
+
+    async def reopen(self, options: Mapping[str, Any], node_options: NodeOptions, change: Change) -> None:
+        """Move the window."""
+        await super().reopen(options, node_options, change)
+        change.on_failure(setattr, self, "_offset", self._offset)
+        change.on_failure(setattr, self, "_fixed_size", self._fixed_size)
+        self._set_window()
+
+    def _set_window(self) -> None:
         for name in self.strong_options:
             value = self.options.get(name, 0)
             if value < 0:

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
+from qmpd.block.change import Change
 from qmpd.block.drivers.qcow2 import mapping
 from qmpd.block.drivers.qcow2.compression import decompress
 from qmpd.block.drivers.qcow2.header import (
@@ -29,6 +30,7 @@ from qmpd.block.drivers.qcow2.header import (
     FULL_BYTES,
     INCOMPATIBLE_POSITION,
     L1_POSITION,
+    MAX_BACKING_NAME,
     MAX_L1_BYTES,
     SIZE_POSITION,
     SUBCLUSTERS,
@@ -37,6 +39,7 @@ from qmpd.block.drivers.qcow2.header import (
     Autoclear,
     Compatible,
     Encryption,
+    ExtensionType,
     Header,
     Incompatible,
 )
@@ -45,7 +48,7 @@ from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, show
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.settings import Settings
 from qmpd.block.drivers.qcow2.snapshots import MAX_TABLE_BYTES, Snapshot, parse_table
-from qmpd.block.node import SECTOR, BlockStatus, Data, Node, NotSupported, errno_error
+from qmpd.block.node import SECTOR, BlockStatus, Data, InternalSnapshot, Node, NotSupported, errno_error
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
@@ -90,6 +93,22 @@ class Qcow2Node(Node):
 
     driver = "qcow2"
     supports_backing = True
+    changeable_options = resettable_options = frozenset(
+        {
+            "cache-clean-interval",
+            "cache-size",
+            "discard-no-unref",
+            "encrypt",
+            "l2-cache-entry-size",
+            "l2-cache-size",
+            "lazy-refcounts",
+            "overlap-check",
+            "pass-discard-other",
+            "pass-discard-request",
+            "pass-discard-snapshot",
+            "refcount-cache-size",
+        }
+    )
 
     def __init__(
         self, graph: Graph, name: str, options: Mapping[str, Any], node_options: NodeOptions
@@ -234,6 +253,60 @@ class Qcow2Node(Node):
         await self.file.flush()
         self._header.incompatible = int(bits)
 
+    async def reopen(self, options: Mapping[str, Any], node_options: NodeOptions, change: Change) -> None:
+        """Load the tables anew with the new settings; everything has been written back."""
+        await super().reopen(options, node_options, change)
+        header = self._header
+        if options.get("encrypt") is not None:
+            self._check_encryption(header)
+        if not self.read_only and header.incompatible & Incompatible.CORRUPT:
+            raise Error("qcow2: Image is corrupt; cannot be opened read/write")
+        settings = Settings.parse(options, header, unmap=node_options.discard == "unmap")
+        meta = Metadata(self.file, header, settings, self._corrupt)
+        change.on_failure(setattr, self, "_meta", self._meta)
+        change.on_failure(setattr, self, "_settings", self._settings)
+        self._meta, self._settings = meta, settings
+        try:
+            await meta.load()
+            await self._map_snapshots(meta)
+        except OSError as error:
+            raise Error(f"Could not read qcow2 image: {error.strerror}") from None
+        if self._external:
+            meta.data_barrier = self._flush_both
+        if not self.read_only:
+            # The file may be written to only when the change is complete.
+            change.on_success(self._begin_to_write, meta, header, settings)
+
+    async def _begin_to_write(self, meta: Metadata, header: Header, settings: Settings) -> None:
+        try:
+            await self._prepare_to_write(meta, header, settings)
+        except BaseException:
+            self.read_only = True
+            raise
+
+    async def change_backing_name(self, filename: str | None, image_format: str | None) -> None:
+        """Write the header's first cluster anew."""
+        meta = self._alive()
+        name = None if filename is None else filename.encode(errors="surrogateescape")
+        if name is not None and len(name) > MAX_BACKING_NAME:
+            raise errno_error(errno.EINVAL)
+        header = self._header.copy()
+        before = len(header.build())
+        header.backing_name = name
+        kind = ExtensionType.BACKING_FORMAT
+        header.set_extension(kind, None if image_format is None else image_format.encode())
+        try:
+            data = header.build()
+        except Error:
+            raise errno_error(errno.ENOSPC) from None
+        await meta.commit()
+        await self.file.pwrite(0, data.ljust(before, b"\0"))
+        await self.file.flush()
+        self._header.backing_name = name
+        self._header.set_extension(kind, header.extension(kind))
+        self.backing_filename, self.backing_format = filename, header.backing_format
+        self.implied_backing = None
+
     async def settle(self) -> None:
         """Write back all tables, and say that the image was closed properly."""
         if self._marking is not None:
@@ -308,6 +381,22 @@ class Qcow2Node(Node):
     def encrypted(self) -> bool:
         """Whether the data is encrypted inside the format."""
         return self._header.encryption is not Encryption.NONE
+
+    @property
+    def internal_snapshots(self) -> list[InternalSnapshot]:
+        """The internal snapshots as all formats have them."""
+        second = 1_000_000_000
+        return [
+            InternalSnapshot(
+                id=snapshot.id,
+                name=snapshot.name,
+                vm_state_size=snapshot.vm_state_bytes,
+                date=snapshot.seconds * second + snapshot.nanoseconds,
+                vm_clock=snapshot.guest_clock,
+                icount=snapshot.instructions,
+            )
+            for snapshot in self._snapshots
+        ]
 
     @property
     def snapshots(self) -> list[Snapshot]:
