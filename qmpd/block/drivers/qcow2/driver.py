@@ -672,6 +672,7 @@ class Qcow2Node(Node):
             run = self._own_run(piece, cluster, within, length)
             if run.length:
                 if not self._external:
+                    meta.check_inside(run.place)
                     meta.check_overlap(run.place, run.length)
                 await self._write_data(run.place, data[: run.length])
                 return run.length
@@ -743,6 +744,7 @@ class Qcow2Node(Node):
                     self._corrupt("Preventing invalid allocation of data cluster at offset 0")
                 taken = True
         elif not self._external:
+            meta.check_inside(place)
             meta.check_overlap(place, count << self._bits)
         try:
             data = data[: ((cluster + count) << self._bits) - offset]

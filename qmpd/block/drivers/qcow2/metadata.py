@@ -371,6 +371,7 @@ class Metadata:
             return
         if old % self.cluster_bytes:
             self._corrupt(f"L2 table offset {shown(old)} unaligned (L1 index: {shown(l1_index)})")
+        self.check_inside(self.l1.offset)
         self.check_overlap(self.l1.offset + l1_index * _WORD, _WORD, ignore="active-l1")
         offset, _, fresh = await self.take(1)
         if not offset:
@@ -491,8 +492,19 @@ class Metadata:
     def _check_alone(self, piece: L2Slice | RefcountBlock, section: str) -> None:
         """Refuse to write a table of `section` where there is another table as well."""
         if not piece.sound:
+            self.check_inside(piece.offset)
             self.check_overlap(piece.offset, SECTOR, ignore=section)
             piece.sound = True
+
+    def check_inside(self, offset: int) -> None:
+        """Refuse to write in place where the file has never been: a table that says so is damaged.
+
+        :raise OSError: EIO, and the image is marked as corrupt.
+        """
+        if offset >= max(self.file.size, self._used_end) + self.cluster_bytes:
+            self._corrupt(
+                f"Cluster offset {shown(offset)} is behind the end of the image file", offset=offset
+            )
 
     def check_overlap(self, offset: int, length: int, *, ignore: str | None = None) -> None:
         """Refuse to write where a table is.
@@ -522,6 +534,7 @@ class Metadata:
         offset = (index * self._block_entries + place) * self.cluster_bytes
         if not offset:
             self._corrupt("Preventing invalid allocation of refcount block at offset 0")
+        self.check_inside(self.table.offset)
         self.check_overlap(offset, self.cluster_bytes)
         await self._make_room(self._blocks, self._block_limit)
         block = self._empty_block(offset)
