@@ -558,9 +558,19 @@ class Qcow2Node(Node):
     # -- reading
 
     async def _pread(self, offset: int, length: int) -> Data:
-        epoch = self._alive().epoch
+        meta = self._alive()
+        epoch = meta.epoch
         epoch.requests += 1
         try:
+            # Most small requests are for a cluster whose entry is in memory; this is all that they need.
+            cluster = offset >> self._bits
+            if meta.entry_words == 1 and (piece := meta.peek(cluster)) is not None:
+                index = cluster % meta.slice_entries
+                run = self._look_up_clusters(piece, index, cluster, offset & self._mask, length)
+                if run.kind is Kind.DATA and run.length == length:
+                    data = self._data
+                    if run.place + length <= data.size:
+                        return await data.pread(run.place, length)
             return await self._read(offset, length)
         finally:
             epoch.requests -= 1
@@ -656,7 +666,7 @@ class Qcow2Node(Node):
         slice_end = (cluster // meta.slice_entries + 1) * meta.slice_entries << self._bits
         length = min(len(data), slice_end - offset)
         while True:
-            piece = await meta.slice_for(cluster)
+            piece = meta.peek(cluster) or await meta.slice_for(cluster)
             if not self._allocations:
                 break
             busy = self._allocation_in(cluster, (offset + length - 1 >> self._bits) + 1)

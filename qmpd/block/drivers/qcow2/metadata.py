@@ -314,6 +314,18 @@ class Metadata:
                 return found
             await self._load_once(key, self._load_slice)
 
+    def peek(self, cluster: int) -> L2Slice | None:
+        """The same if it is in memory, without a turn of anything; None says nothing."""
+        l1_index, index = divmod(cluster, self.header.l2_entries)
+        if l1_index >= len(self.l1.words):
+            return None
+        table = self.l1.words[l1_index] & mapping.OFFSET
+        key = table + index // self.slice_entries * self.settings.slice_bytes
+        found = self._slices.pop(key, None)
+        if found is not None:
+            self._slices[key] = found
+        return found
+
     async def _load_once(self, key: int, load: Callable[[int], Awaitable[None]]) -> None:
         """Load a piece of metadata, or wait until somebody else has."""
         under_way = self._loading.get(key)
