@@ -758,9 +758,8 @@ class Metadata:
 
     async def settle(self) -> None:
         """Write everything: two commits, for giving clusters up changes counts again."""
-        while self._freed or self._quarantine:
+        for _ in range(2):
             await self.commit(refcounts_too=True)
-        await self.commit(refcounts_too=True)
 
     async def _write_all(self, writes: _Writes) -> None:
         if len(writes) == 1:
