@@ -14,6 +14,7 @@ from qmpd import __version__
 from qmpd.block.cipher_pool import CipherPool
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
+from qmpd.block.node import Node
 from qmpd.commands import block_export, table
 from qmpd.commands.parts import Parts
 from qmpd.export.exports import Exports
@@ -35,6 +36,11 @@ VERSION: Final[Mapping[str, Any]] = {
 }
 
 
+#: How deep Python's calls may be nested: a request passes up to `LONGEST_CHAIN` images, and
+#: each takes a handful of calls.
+_DEEPEST_CALLS: Final = 10_000
+
+
 class Daemon:
     """All of one storage daemon.  To be made inside a running event loop.
 
@@ -51,6 +57,7 @@ class Daemon:
         announce: Announce | None = None,
         cipher_processes: int = 0,
     ) -> None:
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEEPEST_CALLS))
         self.schema = load(schema_directory())
         self._events = EventThrottle(self._tell)
         self._objects = ObjectTree(self.schema)
@@ -58,6 +65,8 @@ class Daemon:
             DRIVERS,
             secrets=self._objects.secret_bytes,
             cipher_pool=CipherPool(cipher_processes) if cipher_processes else None,
+            validate=self._validated_blockdev_options,
+            corrupted=self._image_corrupted,
         )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit)
@@ -182,6 +191,20 @@ class Daemon:
             await monitor.close()
         await self._graph.close()
         self._objects.close()
+
+    def _validated_blockdev_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        validated: dict[str, Any] = self.schema.coerce("BlockdevOptions", options)
+        self.schema.validate("BlockdevOptions", validated)
+        return validated
+
+    def _image_corrupted(self, node: Node, message: str, offset: int, size: int, fatal: bool) -> None:
+        _say(f"{node.name}: {'marking image as corrupt' if fatal else 'image is corrupt'}: {message}")
+        data: dict[str, Any] = {"device": "", "node-name": node.name, "msg": message}
+        if offset >= 0:
+            data["offset"] = offset
+        if size >= 0:
+            data["size"] = size
+        self._emit("BLOCK_IMAGE_CORRUPTED", {**data, "fatal": fatal})
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
         self._events.emit(name, data)

@@ -18,16 +18,18 @@ import errno
 import os
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from qmpd.block import backing
 from qmpd.block.backend import Backend
+from qmpd.block.change import Change
 from qmpd.block.cipher_pool import CipherPool
 from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
-from qmpd.block.permissions import Permission, names
+from qmpd.block.permissions import Permission, names, on_backing
 from qmpd.errors import Error
 
 T = TypeVar("T")
@@ -41,6 +43,18 @@ _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 #: a few slow unlocks do not hold up reads and writes.
 IO_THREADS = 8
 KEY_THREADS = 2
+
+
+#: What stands before a complaint about the image behind, once for each image on the way there.
+_BACKING_FAILED = "Could not open backing file: "
+
+
+@contextlib.contextmanager
+def _backing_failures() -> Iterator[None]:
+    try:
+        yield
+    except Error as error:
+        raise Error(_BACKING_FAILED + error.desc) from None
 
 
 class _Section:
@@ -63,6 +77,11 @@ class _Section:
             backend.end_drained()
 
 
+#: Is told of a damaged image: the node; what is wrong; where it is in the file and how long, in
+#: bytes, -1 where that says nothing; whether the image can't be used any more.
+Corrupted = Callable[[Node, str, int, int, bool], None]
+
+
 class Graph:
     """All nodes of a daemon and their users.
 
@@ -70,6 +89,9 @@ class Graph:
     :param secrets: gives a copy of the passphrase of a secret's id at the moment of
         use, for the user to wipe; raises Error if there is none.
     :param cipher_pool: other processes that cipher long requests; by default this one does it all.
+    :param validate: checks BlockdevOptions that stand in an image's header, and returns them with
+        numbers where there were strings for numbers; raises Error.
+    :param corrupted: is told when a driver finds that an image is damaged.
     """
 
     def __init__(
@@ -78,8 +100,12 @@ class Graph:
         *,
         secrets: Callable[[str], bytearray],
         cipher_pool: CipherPool | None = None,
+        validate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        corrupted: Corrupted | None = None,
     ) -> None:
+        self._corrupted = corrupted
         self._drivers = drivers
+        self._validate = validate
         self._known_drivers: dict[str, type[Node]] = {}
         self.secrets = secrets
         self.cipher_pool = cipher_pool
@@ -88,6 +114,8 @@ class Graph:
         self.backends: list[Backend] = []
         self._generated = 0
         self._sections: list[_Section] = []
+        self._changing = asyncio.Lock()
+        self._departing: set[asyncio.Task[None]] = set()
         self._io_threads: ThreadPoolExecutor | None = None
         self._key_threads: ThreadPoolExecutor | None = None
 
@@ -131,6 +159,11 @@ class Graph:
         """
         return self.lookup(name, name)
 
+    def report_corruption(self, node: Node, message: str, offset: int, size: int, fatal: bool) -> None:
+        """A driver has found that its image is damaged; see `Corrupted`."""
+        if self._corrupted is not None:
+            self._corrupted(node, message, offset, size, fatal)
+
     # -- adding
 
     async def add(self, options: Mapping[str, Any]) -> Node:
@@ -143,6 +176,17 @@ class Graph:
             raise Error("'node-name' must be specified for the root node")
         node = await self._open(options, None)
         node.monitor_owned = True
+        return node
+
+    async def open_without_backing(self, options: Mapping[str, Any]) -> Node:
+        """Open a node that nobody owns yet, and not the images behind it.
+
+        :param options: BlockdevOptions in QAPI's names, not validated.
+        :raise Error: if it can't be opened; then nothing has changed.
+        """
+        checked = self._validate({**options})
+        node = await self._open_image(checked, None)
+        self._show(node)
         return node
 
     @contextlib.asynccontextmanager
@@ -165,17 +209,31 @@ class Graph:
 
         :raise Error: if that can't be; then nothing has changed.
         """
-        if reference == parent.name:
-            raise Error(f"Making '{parent.name}' a {role} child of '{parent.name}' would create a cycle")
+        child = await self._resolve_child(parent, role, reference)
+        await self._adopt(parent, role, child, inline=not isinstance(reference, str))
+        return child
+
+    async def _resolve_child(self, parent: Node, role: str, reference: str | Mapping[str, Any]) -> Node:
         # What is defined inside the same parent is not ready yet, but can be referred to.
         own = _below(parent).get(reference) if isinstance(reference, str) else None
-        child = own or await self._resolve(reference, parent.node_options)
+        if reference == parent.name:
+            return parent
+        return own or await self._resolve(reference, parent.node_options.for_child(role))
+
+    async def _adopt(self, parent: Node, role: str, child: Node, *, inline: bool) -> None:
+        """Attach `child` below `parent`; if that can't be, close it unless it is somebody's.
+
+        :param inline: the child was made along with its parent, and inherits from it.
+        """
+        if child is parent:
+            raise Error(f"Making '{parent.name}' a {role} child of '{parent.name}' would create a cycle")
         try:
             self._link(parent, role, child)
         except BaseException:
             await self._release(child)
             raise
-        return child
+        if inline:
+            child.inherits_from = parent
 
     async def _resolve(self, reference: str | Mapping[str, Any], options: NodeOptions) -> Node:
         if isinstance(reference, str):
@@ -183,6 +241,19 @@ class Graph:
         return await self._open(reference, options)
 
     async def _open(self, options: Mapping[str, Any], inherited: NodeOptions | None) -> Node:
+        """Open a node with all that is below it, its backing images included."""
+        node = await self._open_image(options, inherited)
+        try:
+            await self._open_chain(node)
+        except BaseException:
+            await self._dispose(node)
+            raise
+        if inherited is None:
+            self._show(node)
+        return node
+
+    async def _open_image(self, options: Mapping[str, Any], inherited: NodeOptions | None) -> Node:
+        """Open a node without its backing image."""
         driver = await self._driver(options["driver"])
         common = NodeOptions.parse(options, inherited)
         file = None if driver.is_protocol else await self._resolve(options["file"], common)
@@ -196,20 +267,99 @@ class Graph:
         self._nodes[node.name] = node
         try:
             if file is not None:
-                try:
-                    self._link(node, "file", file)
-                except BaseException:
-                    await self._release(file)
-                    raise
+                await self._adopt(node, "file", file, inline=not isinstance(options["file"], str))
             await node.open()
             if node.size > MAX_SIZE:
                 raise Error(f"Could not refresh total sector count: {os.strerror(errno.EFBIG)}")
         except BaseException:
             await self._dispose(node)
             raise
-        if inherited is None:
-            self._show(node)
         return node
+
+    # -- backing images
+
+    async def _open_chain(self, node: Node) -> None:
+        """Open the images behind `node`, one after the other: a chain may be long.
+
+        :raise Error: what is wrong with one of them; some may be open then.
+        """
+        overlay: Node | None = node
+        seen: set[Hashable] = set()
+        followed: list[Node] = []
+        while overlay is not None and overlay.supports_backing:
+            seen.add(overlay.identity)
+            if len(seen) > backing.LONGEST_CHAIN + 1:
+                raise Error(f"More than {backing.LONGEST_CHAIN} images are behind this one")
+            try:
+                overlay = await self._open_backing(overlay, seen)
+            except Error as error:
+                raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc) from None
+            if overlay is not None:
+                followed.append(overlay)
+        # An image's name depends on whether the one behind it is the one that it names itself.
+        for child in reversed(followed):
+            parent = child.parents[0].parent
+            assert isinstance(parent, Node), "an image that was just opened has one user"
+            parent.implied_backing = child.filename
+
+    async def _open_backing(self, overlay: Node, seen: Set[Hashable]) -> Node | None:
+        """Open one backing image.
+
+        :param seen: the identities of the images that must not be met again.
+        :returns: the node, if its own backing image is still to be opened.
+        """
+        if "backing" in overlay.options:
+            reference = overlay.options["backing"]
+            if not reference:
+                # The empty string is an old way to write null.
+                return None
+            with _backing_failures():
+                child = await self._resolve_child(overlay, "backing", reference)
+            await self._adopt(overlay, "backing", child, inline=not isinstance(reference, str))
+            return None
+        with _backing_failures():
+            name = overlay.full_backing_filename
+            if name is None:
+                return None
+            inherited = overlay.node_options.for_child("backing")
+            child = await self._open_named(name, overlay.backing_format, inherited)
+        await self._adopt(overlay, "backing", child, inline=True)
+        if child.identity in seen:
+            raise Error(f"Backing file '{name}' creates an infinite loop.")
+        return child
+
+    async def _open_named(self, name: str, image_format: str | None, inherited: NodeOptions) -> Node:
+        """Open the image with this full name, without the one that is behind it in turn.
+
+        :param image_format: its driver; None to find out.
+        """
+        options = backing.options_for(name, image_format)
+        driver = options.get("driver")
+        if driver is not None and driver not in self._drivers:
+            raise Error(f"Unknown driver '{driver}'")
+        if driver is not None and "file" in options and (await self._driver(driver)).is_protocol:
+            options = {**options.pop("file"), **options}
+        if driver is None:
+            options["driver"] = "raw"
+        # What is in a header comes from whoever wrote it: it is checked as if a client had sent it.
+        options = self._validate(options)
+        if driver is None:
+            options["driver"] = await self._probe(options["file"], inherited)
+        return await self._open_image(options, inherited)
+
+    async def _probe(self, reference: str | Mapping[str, Any], inherited: NodeOptions) -> str:
+        """The driver for an image of unknown format."""
+        node = await self._resolve(reference, inherited)
+        try:
+            beginning = await node.pread(0, min(backing.PROBE_BYTES, node.size))
+        except OSError as error:
+            raise Error(f"Could not read image for determining its format: {error.strerror}") from None
+        finally:
+            await self._release(node)
+        driver = backing.probe(bytes(beginning))
+        if driver not in self._drivers:
+            raise Error(f"Unknown driver '{driver}'")
+        return driver
 
     async def _driver(self, name: str) -> type[Node]:
         """The class of a driver; looking one up for the first time imports it, which takes a while."""
@@ -249,11 +399,16 @@ class Graph:
 
         :raise Error: if it is not there, not the monitor's, or in use.
         """
+        async with self._changing:
+            await self._delete(name)
+
+    async def _delete(self, name: str) -> None:
         node = self.find(name)
         if node is None:
             raise Error(f"Failed to find node with node-name='{name}'")
         if any(not isinstance(edge.parent, Node) for edge in node.parents):
             raise Error(f"Node {name} is in use")
+        check_unused_as_backing(node)
         if not node.monitor_owned:
             raise Error(f"Node {name} is not owned by the monitor")
         if node.parents:
@@ -269,7 +424,12 @@ class Graph:
             await self._dispose(node)
 
     async def _dispose(self, node: Node) -> None:
-        node.ready = False
+        if node.closing:
+            return
+        node.ready, node.closing = False, True
+        with contextlib.suppress(OSError):
+            # Nobody is left who could be told that it failed.
+            await node.settle()
         children = [edge.child for edge in node.children.values()]
         for edge in list(node.children.values()):
             self._unlink(edge)
@@ -285,6 +445,7 @@ class Graph:
         """Detach all users, close all nodes, end the threads."""
         for backend in list(self.backends):
             backend.detach()
+        await self.departed()
         while self._nodes:
             for node in list(reversed(self._nodes.values())):
                 if not node.parents and node.name in self._nodes:
@@ -340,9 +501,24 @@ class Graph:
         return edge
 
     def detach(self, edge: Edge) -> None:
-        """Remove a backend's edge, and give back what it took."""
-        edge.child.parents.remove(edge)
-        self._refresh(edge.child)
+        """Remove a backend's edge, and give back what it took.
+
+        A node that was only this backend's, as an overlay that nobody has added may be, closes; see
+        :meth:`departed`.
+        """
+        node = edge.child
+        node.parents.remove(edge)
+        self._refresh(node)
+        if node.ready and not node.parents and not node.monitor_owned:
+            node.ready = False
+            departing = asyncio.get_running_loop().create_task(self._release(node))
+            self._departing.add(departing)
+            departing.add_done_callback(self._departing.discard)
+
+    async def departed(self) -> None:
+        """Return when all nodes are closed that have lost their last user."""
+        while self._departing:
+            await asyncio.wait(self._departing)
 
     def change_permissions(self, edge: Edge, perm: Permission, shared: Permission) -> None:
         """Take and share something else along `edge`.
@@ -369,8 +545,65 @@ class Graph:
         if edge.perm or edge.shared != Permission.everything():
             self._refresh(edge.child)
 
-    def _refresh(self, root: Node) -> None:
-        """Work out the permissions of `root` and all below it, check them, then set them.
+    # -- changes of what is there
+
+    @contextlib.asynccontextmanager
+    async def change(self) -> AsyncIterator[Change]:
+        """A change of several steps: all of them are made, or none.  There is one at a time."""
+        async with self._changing, Change() as change:
+            yield change
+
+    def swap_child(self, parent: Node, role: str, child: Node | None, change: Change) -> None:
+        """Put `child` (or nothing) below `parent` in place of what is there in this role.
+
+        The permissions are not looked at before :meth:`settle` is called.
+
+        :raise Error: if that would make a cycle.
+        """
+        if child is not None and parent in _parents_first(child):
+            raise Error(f"Making '{child.name}' a {role} child of '{parent.name}' would create a cycle")
+        change.on_failure(_put_back, parent.children, dict(parent.children))
+        before = parent.children.get(role)
+        if before is not None:
+            _take_edge(before, change)
+            del parent.children[role]
+            change.on_success(self._release, before.child)
+        if child is not None:
+            edge = Edge(parent, role, child, Permission.nothing(), Permission.everything())
+            _put_edge(edge, change)
+            parent.children[role] = edge
+
+    def replace(self, old: Node, new: Node, change: Change) -> None:
+        """Let all users of `old` use `new`, except those below `new`, which need `old` themselves.
+
+        The permissions are not looked at before :meth:`settle` is called.
+        """
+        below = _parents_first(new)
+        for edge in reversed([edge for edge in old.parents if edge.parent not in below]):
+            _take_edge(edge, change)
+            change.on_failure(setattr, edge, "child", old)
+            edge.child = new
+            _put_edge(edge, change)
+            if isinstance(edge.parent, Node):
+                # It is its parent's newest child now.
+                children = edge.parent.children
+                change.on_failure(_put_back, children, dict(children))
+                children[edge.name] = children.pop(edge.name)
+
+    def settle(self, *nodes: Node, frozen: Collection[Node] = ()) -> None:
+        """Give all nodes from these on down the permissions that the graph as it is asks for.
+
+        :param frozen: those that have just become read-only.
+        :raise Error: on a conflict; then the permissions are those from before.
+        """
+        self._refresh(*nodes, frozen=frozen)
+
+    async def release(self, node: Node) -> None:
+        """Close `node` if nobody uses or owns it (any more)."""
+        await self._release(node)
+
+    def _refresh(self, *roots: Node, frozen: Collection[Node] = ()) -> None:
+        """Work out the permissions of `roots` and all below them, check them, then set them.
 
         Parents come before their children, so that a node which is reached in
         two ways is looked at once, when all that is asked of it is known.
@@ -378,7 +611,7 @@ class Graph:
         proposed: dict[Edge, tuple[Permission, Permission]] = {}
         prepared: list[Node] = []
         try:
-            for node in _parents_first(root):
+            for node in _parents_first(*roots):
                 asked = [(edge, *proposed.get(edge, (edge.perm, edge.shared))) for edge in node.parents]
                 perm, shared = Permission.nothing(), Permission.everything()
                 for _, edge_perm, edge_shared in asked:
@@ -387,6 +620,8 @@ class Graph:
                 if perm & ~shared:
                     _check_conflicts(node, asked)
                 if node.read_only and perm & (Permission.WRITE | Permission.WRITE_UNCHANGED):
+                    if node in frozen:
+                        raise Error(f"Read-only block node '{node.name}' cannot support read-write users")
                     raise Error("Block node is read-only")
                 prepared.append(node)
                 node.prepare_permissions(perm, shared)
@@ -429,8 +664,21 @@ def _on_child(
     parent: Node, role: str, child: Node, perm: Permission, shared: Permission
 ) -> tuple[Permission, Permission]:
     """What `parent` takes and shares on `child`; with `force-share` it shares everything."""
-    perm, shared = parent.child_permissions(role, perm, shared)
+    if role == "backing":
+        perm, shared = on_backing(perm, shared)
+    else:
+        perm, shared = parent.child_permissions(role, perm, shared)
     return perm, Permission.everything() if child.node_options.force_share else shared
+
+
+def check_unused_as_backing(node: Node) -> None:
+    """Refuse what may not be done to an image that is another one's backing image.
+
+    :raise Error: it names the other one.
+    """
+    for edge in node.parents:
+        if edge.name == "backing" and isinstance(edge.parent, Node):
+            raise Error(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
 
 
 async def _end_of(work: Future[Any]) -> None:
@@ -461,6 +709,24 @@ def _users(nodes: Iterable[Node]) -> Iterable[Backend]:
     return found.values()
 
 
+def _put_back(children: dict[str, Edge], before: Mapping[str, Edge]) -> None:
+    children.clear()
+    children.update(before)
+
+
+def _take_edge(edge: Edge, change: Change) -> None:
+    """Take an edge out of its child's list."""
+    place = edge.child.parents.index(edge)
+    edge.child.parents.remove(edge)
+    change.on_failure(edge.child.parents.insert, place, edge)
+
+
+def _put_edge(edge: Edge, change: Change) -> None:
+    """Put an edge at the head of its child's list."""
+    edge.child.parents.insert(0, edge)
+    change.on_failure(edge.child.parents.remove, edge)
+
+
 def _below(node: Node) -> dict[str, Node]:
     """The nodes below `node` by their names."""
     found: dict[str, Node] = {}
@@ -469,8 +735,8 @@ def _below(node: Node) -> dict[str, Node]:
     return found
 
 
-def _parents_first(root: Node) -> list[Node]:
-    """`root` and all nodes below it, each before those that it uses."""
+def _parents_first(*roots: Node) -> list[Node]:
+    """`roots` and all nodes below them, each before those that it uses."""
     order: list[Node] = []
     seen: set[int] = set()
 
@@ -482,7 +748,8 @@ def _parents_first(root: Node) -> list[Node]:
             visit(edge.child)
         order.append(node)
 
-    visit(root)
+    for root in roots:
+        visit(root)
     order.reverse()
     return order
 

@@ -22,8 +22,8 @@ class Picture:
 def picture(graph: Graph) -> Picture:
     """The graph as `x-debug-query-block-graph` draws it.
 
-    Users come first, then nodes, oldest first; a vertex gets its number when
-    it is met, be it as a child; the lists are shown backwards.
+    Users come first, then nodes, oldest first, each with its newest child first; a vertex gets
+    its number when it is met, be it as a child; the lists are shown backwards.
     """
     numbers: dict[Node | Backend, int] = {}
     vertices: list[Node | Backend] = []
@@ -32,7 +32,7 @@ def picture(graph: Graph) -> Picture:
     for vertex in [*users, *reversed(graph.nodes())]:
         numbers.setdefault(vertex, len(numbers) + 1)
         vertices.append(vertex)
-        below = [*vertex.children.values()] if isinstance(vertex, Node) else [vertex.edge]
+        below = [*reversed(vertex.children.values())] if isinstance(vertex, Node) else [vertex.edge]
         for edge in below:
             if edge is not None:
                 numbers.setdefault(edge.child, len(numbers) + 1)

@@ -13,10 +13,12 @@ import errno
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from qmpd.block.backing import full_name
+from qmpd.block.change import Change
 from qmpd.block.edge import Edge
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
@@ -57,6 +59,25 @@ class BlockStatus:
     depth: int = 1
 
 
+@dataclass(frozen=True)
+class InternalSnapshot:
+    """A snapshot inside an image.
+
+    :param id: unique in the image.
+    :param vm_state_size: the bytes of a machine's state that belong to it.
+    :param date: when it was made, in nanoseconds since 1970.
+    :param vm_clock: what the machine's clock said, in nanoseconds.
+    :param icount: how many instructions the machine had done, if it was known.
+    """
+
+    id: str
+    name: str
+    vm_state_size: int = 0
+    date: int = 0
+    vm_clock: int = 0
+    icount: int | None = None
+
+
 class NotSupported(Exception):
     """The driver has no way of its own for a request; the caller falls back."""
 
@@ -79,6 +100,14 @@ class Node(ABC):
     driver: ClassVar[str]
     #: A protocol driver is at the bottom of a chain; others have a child "file".
     is_protocol: ClassVar[bool] = False
+    #: Whether images of this format can have a backing image (role "backing").  Such a driver says
+    #: in `_block_status` with a depth of 0 what an image does not hold itself.
+    supports_backing: ClassVar[bool] = False
+    #: Options that `blockdev-reopen` may give another value, and those that it may leave out again.
+    changeable_options: ClassVar[frozenset[str]] = frozenset()
+    resettable_options: ClassVar[frozenset[str]] = frozenset()
+    #: Whether images of this format can hold snapshots of themselves.
+    supports_internal_snapshots: ClassVar[bool] = False
     #: Options that make a difference to the data, so that they appear in a `json:` file name.
     strong_options: ClassVar[tuple[str, ...]] = ()
     #: Requests must begin and end at multiples of this many bytes.
@@ -94,6 +123,7 @@ class Node(ABC):
         self.read_only = node_options.read_only
         self.monitor_owned = False
         self.ready = False
+        self.closing = False
         self.children: dict[str, Edge] = {}
         #: Newest first: conflicts are looked for, and reported, in this order.
         self.parents: list[Edge] = []
@@ -101,6 +131,14 @@ class Node(ABC):
         self.write_highest_offset = 0
         self._writes = TrackedWrites()
         self._resizing = asyncio.Lock()
+        #: The name and the format of the backing image that the image's own header names; a driver
+        #: that supports backing sets them in `open`.
+        self.backing_filename: str | None = None
+        self.backing_format: str | None = None
+        #: The file name of the node that was opened because of that name.
+        self.implied_backing: str | None = None
+        #: The node along with which this one was made, if any; it inherits options from there.
+        self.inherits_from: Node | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -111,6 +149,60 @@ class Node(ABC):
         """Make the node usable; its child "file" is attached already.
 
         :raise Error: if it can't be.
+        """
+
+    async def reopen(self, options: Mapping[str, Any], node_options: NodeOptions, change: Change) -> None:
+        """Work with other options from now on; nothing is under way in the node meanwhile.
+
+        A driver does more if it keeps anything that depends on its options.  What is not in
+        `changeable_options` and `resettable_options` is the same as before.
+
+        :raise Error: if they make no sense; whatever has been done is undone by `change`.
+        """
+        change.on_failure(self._set_options, self.options, self.node_options)
+        self._set_options(options, node_options)
+
+    def _set_options(self, options: Mapping[str, Any], node_options: NodeOptions) -> None:
+        self.options = options
+        self.node_options = node_options
+        self.read_only = node_options.read_only
+
+    async def change_backing_name(self, filename: str | None, image_format: str | None) -> None:
+        """Write another name of a backing image into the header; the graph stays as it is.
+
+        A driver that supports it sets `backing_filename` and `backing_format` as well.
+
+        :param filename: the new name, or None for no backing image.
+        :raise OSError: what the storage says; EOPNOTSUPP if the format has no such name.
+        """
+        raise errno_error(errno.EOPNOTSUPP)
+
+    @property
+    def internal_snapshots(self) -> list[InternalSnapshot]:
+        """The snapshots in the image, in the order of its table."""
+        return []
+
+    async def create_internal_snapshot(self, name: str, now: float) -> None:
+        """Keep the disk's present contents under `name`; nothing is under way in the node meanwhile.
+
+        :param now: the time, in seconds since 1970.
+        :raise OSError: what the storage says.
+        """
+        raise errno_error(errno.EOPNOTSUPP)
+
+    async def delete_internal_snapshot(self, snapshot_id: str) -> None:
+        """Forget a snapshot that is there; nothing is under way in the node meanwhile.
+
+        :raise OSError: what the storage says.
+        """
+        raise errno_error(errno.EOPNOTSUPP)
+
+    async def settle(self) -> None:  # noqa: B027
+        """Write back what is in memory only; the children are still there.
+
+        Called before `close`, also after a failed `open`, and before `reopen`.
+
+        :raise OSError: what the storage says.
         """
 
     async def close(self) -> None:  # noqa: B027
@@ -157,9 +249,52 @@ class Node(ABC):
         return self.children["file"].child
 
     @property
+    def backing(self) -> Node | None:
+        """The backing image: what this image does not hold itself comes from there."""
+        edge = self.children.get("backing")
+        return None if edge is None else edge.child
+
+    @property
+    def backing_depth(self) -> int:
+        """How many images are behind this one."""
+        depth, node = 0, self.backing
+        while node is not None:
+            depth, node = depth + 1, node.backing
+        return depth
+
+    @property
+    def full_backing_filename(self) -> str | None:
+        """The header's name of the backing image as one that can be opened, if there is any.
+
+        :raise Error: if it is relative, and this image has no file name.
+        """
+        if self.backing_filename is None:
+            return None
+        return full_name(self.protocol_filename, self.backing_filename)
+
+    @property
+    def backing_overridden(self) -> bool:
+        """Whether the backing image is another one than the header says."""
+        named = self.backing_filename if self.implied_backing is None else self.implied_backing
+        return named != (None if self.backing is None else self.backing.filename)
+
+    @property
+    def protocol_filename(self) -> str | None:
+        """The plain file name at the bottom of this node, to which names in its header are relative."""
+        return None if self.is_protocol else self.file.protocol_filename
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two nodes that show the same storage in the same way."""
+        if self.is_protocol:
+            return self
+        strong = tuple((name, repr(self.options.get(name))) for name in self.strong_options)
+        return self.driver, strong, *(edge.child.identity for edge in self.storage_children)
+
+    @property
     def exact_filename(self) -> str | None:
         """A plain file name that would open this very node, if there is one."""
-        if any(option in self.options for option in self.strong_options):
+        if self.backing_overridden or any(option in self.options for option in self.strong_options):
             return None
         child = self.file
         return child.exact_filename if child.is_protocol else None
@@ -173,17 +308,44 @@ class Node(ABC):
     def full_options(self) -> dict[str, Any]:
         """The options that would open this node again, for a `json:` file name."""
         result: dict[str, Any] = {"driver": self.driver}
-        for role, edge in self.children.items():
-            result[role] = edge.child.full_options()
+        for edge in self.storage_children:
+            result[edge.name] = edge.child.full_options()
+        if self.backing_overridden:
+            result["backing"] = None if self.backing is None else self.backing.full_options()
         for option in self.strong_options:
             if option in self.options:
                 result[option] = self.options[option]
         return result
 
     @property
+    def storage_children(self) -> list[Edge]:
+        """The edges to the nodes that this image itself lies on: all but its backing image."""
+        return [edge for edge in self.children.values() if edge.name != "backing"]
+
+    @property
     def allocated_size(self) -> int:
         """The bytes that the image occupies on its storage."""
-        return sum(edge.child.allocated_size for edge in self.children.values())
+        return sum(edge.child.allocated_size for edge in self.storage_children)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether a write behind the end makes the disk larger."""
+        return False
+
+    @property
+    def grows_with_zeroes(self) -> bool:
+        """Whether what nobody has written yet in a disk that has grown reads as zeroes."""
+        return False
+
+    @property
+    def cluster_size(self) -> int | None:
+        """The bytes of a cluster of the image's format, or None if it has none."""
+        return None
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the image says that it was not closed properly, or is in use."""
+        return False
 
     @property
     def has_info(self) -> bool:
@@ -244,19 +406,22 @@ class Node(ABC):
                 return [False] * len(requests)
         return self._read_cached(requests, into)
 
-    async def pwrite(self, offset: int, data: Data) -> None:
+    async def pwrite(self, offset: int, data: Data, *, grow: bool = False) -> None:
         """Write `data` at `offset`.
 
+        :param grow: what lies behind the disk's end makes it larger, if its driver can that; the
+            caller has the permission to resize it.
         :raise OSError: EIO outside the disk, EPERM on a read-only node, or what the storage says.
         """
         view = memoryview(data).cast("B")
         length = len(view)
-        self.check_request(offset, length)
+        if not (grow and self.can_grow and offset >= 0):
+            self.check_request(offset, length)
         self._check_writable()
         if not length:
             return
         detect = self.node_options.detect_zeroes
-        if detect != "off" and _is_zero(view):
+        if detect != "off" and offset + length <= self.size and _is_zero(view):
             await self.pwrite_zeroes(offset, length, unmap=detect == "unmap")
             return
         alignment = self.request_alignment
@@ -371,7 +536,28 @@ class Node(ABC):
         :raise OSError: as for `pread`.
         """
         self.check_request(offset, length)
-        return await self._block_status(offset, length)
+        status = await self._block_status(offset, length)
+        if status.depth or not self.supports_backing:
+            return status
+        if self.backing is None:
+            return replace(status, data=False, zero=True)
+        available = self.backing.size - offset
+        if available <= 0:
+            # Behind the end of a short backing image are zeroes, as if they were its own.
+            return replace(status, data=False, zero=True, depth=2)
+        below = await self.backing.block_status(offset, min(status.length, available))
+        return replace(below, depth=below.depth + 1 if below.depth else 0)
+
+    async def pread_backing(self, offset: int, length: int) -> Data:
+        """What the backing image has at `offset`: zeroes behind its end, and if there is none.
+
+        :raise OSError: what its storage says.
+        """
+        available = 0 if self.backing is None else max(0, min(length, self.backing.size - offset))
+        if self.backing is None or not available:
+            return bytes(length)
+        data = await self.backing.pread(offset, available)
+        return data if available == length else bytes(data).ljust(length, b"\0")
 
     async def flush(self) -> None:
         """What was written before is on stable storage afterwards.
@@ -424,7 +610,7 @@ class Node(ABC):
         return BlockStatus(length)
 
     async def _flush(self) -> None:
-        for edge in self.children.values():
+        for edge in self.storage_children:
             await edge.child.flush()
 
     async def _truncate(self, size: int, preallocation: str) -> None:

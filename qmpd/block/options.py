@@ -7,7 +7,7 @@ defined inside its parent inherits what it does not say itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qmpd.errors import Error
@@ -48,6 +48,18 @@ class NodeOptions:
             force_share=options.get("force-share", base.force_share),
             active=options.get("active", True),
         )
+
+    def for_child(self, role: str) -> NodeOptions:
+        """What a child that is defined inside this node inherits: nobody writes to a backing image."""
+        return replace(self, read_only=True, auto_read_only=False) if role == "backing" else self
+
+    def with_read_only(self, read_only: bool) -> NodeOptions:
+        """The same, but nobody writes, or everybody may."""
+        return replace(self, read_only=read_only)
+
+    def with_discard(self, discard: str) -> NodeOptions:
+        """The same, with discards "ignore"d or passed on ("unmap")."""
+        return replace(self, discard=discard)
 
     def check(self) -> None:
         """Refuse combinations that make no sense.

@@ -35,6 +35,21 @@ class Permission(enum.Flag):
         return cls(15)
 
 
+def on_backing(perm: Permission, shared: Permission) -> tuple[Permission, Permission]:
+    """What an image takes and shares on its backing image.
+
+    It only reads there, and only if somebody reads the image itself.  Others may
+    write to the backing image if all users of the image can live with that.
+
+    :param perm: what the image's own users take, together.
+    :param shared: what all of them share.
+    """
+    others = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+    if shared & Permission.WRITE:
+        others = Permission.everything()
+    return perm & Permission.CONSISTENT_READ, others
+
+
 #: In the order in which messages and lock bytes name them.
 NAMES: tuple[tuple[Permission, str], ...] = (
     (Permission.CONSISTENT_READ, "consistent read"),

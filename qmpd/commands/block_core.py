@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final
 
-from qmpd.block import inspection
+from qmpd.block import inspection, snapshots
 from qmpd.block.accounting import Accounting
 from qmpd.block.backend import Backend
+from qmpd.block.change import Change
 from qmpd.block.drivers import can_create, create
-from qmpd.block.node import Node
+from qmpd.block.graph import check_unused_as_backing
+from qmpd.block.node import InternalSnapshot, Node
 from qmpd.block.permissions import Permission
+from qmpd.block.reopening import reopen
 from qmpd.commands.parts import Handler, Parts
 from qmpd.errors import DeviceNotActive, Error
 from qmpd.qom.guest_disk import GuestDisk
@@ -53,6 +57,7 @@ async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
     node = parts.graph.lookup(arguments.get("device"), arguments.get("node-name"))
     if arguments["size"] < 0:
         raise Error("Parameter 'size' expects a >0 size")
+    check_unused_as_backing(node)
     with Backend(parts.graph, perm=Permission.RESIZE).use(node) as backend:
         # What is below changes its size as well, and may have other users.
         async with parts.graph.drained(*parts.graph.subtree(node)):
@@ -60,12 +65,71 @@ async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
     return {}
 
 
+# -- changing what is there
+
+
+async def blockdev_reopen(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Give nodes other options."""
+    await reopen(parts.graph, arguments["options"])
+    return {}
+
+
+async def blockdev_snapshot(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Put an overlay in front of a node."""
+    async with parts.graph.change() as change:
+        await snapshots.put_overlay(parts.graph, arguments["node"], arguments["overlay"], change)
+    return {}
+
+
+async def snapshot_sync(parts: Parts, arguments: dict[str, Any], change: Change) -> None:
+    """Make an overlay and put it in front of a disk, as a step of a change."""
+    await snapshots.put_new_overlay(
+        parts.graph,
+        parts.graph.lookup(arguments.get("device"), arguments.get("node-name")),
+        arguments["snapshot-file"],
+        arguments.get("snapshot-node-name"),
+        change,
+        image_format=arguments.get("format", "qcow2"),
+        existing=arguments.get("mode") == "existing",
+        needs_name="node-name" in arguments,
+    )
+
+
+async def blockdev_snapshot_sync(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make an overlay and put it in front of a disk."""
+    async with parts.graph.change() as change:
+        await snapshot_sync(parts, arguments, change)
+    return {}
+
+
+async def change_backing_file(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Write a name into an image's header."""
+    await snapshots.change_backing_file(
+        parts.graph, arguments["device"], arguments["image-node-name"], arguments["backing-file"]
+    )
+    return {}
+
+
+async def blockdev_snapshot_internal_sync(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make a snapshot inside an image."""
+    async with parts.graph.change() as change:
+        await snapshots.create_internal(parts.graph, arguments["device"], arguments["name"], change)
+    return {}
+
+
+async def blockdev_snapshot_delete_internal_sync(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Forget a snapshot inside an image."""
+    snapshot_id, name = arguments.get("id"), arguments.get("name")
+    return snapshot_info(await snapshots.delete_internal(parts.graph, arguments["device"], snapshot_id, name))
+
+
 # -- queries
 
 
 def query_named_block_nodes(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """All nodes, newest first."""
-    return [block_device_info(node) for node in parts.graph.nodes()]
+    flat = arguments.get("flat", False)
+    return [block_device_info(node, flat=flat) for node in parts.graph.nodes()]
 
 
 def query_block(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -135,27 +199,54 @@ def permission_list(permissions: Permission) -> list[str]:
     return [name for permission, name in _PERMISSIONS if permission & permissions]
 
 
-def image_info(node: Node) -> dict[str, Any]:
-    """ImageInfo."""
+def snapshot_info(snapshot: InternalSnapshot) -> dict[str, Any]:
+    """SnapshotInfo."""
+    second = 1_000_000_000
+    return {
+        "vm-clock-nsec": snapshot.vm_clock % second,
+        "name": snapshot.name,
+        "date-sec": snapshot.date // second,
+        "date-nsec": snapshot.date % second,
+        "vm-clock-sec": snapshot.vm_clock // second,
+        "id": snapshot.id,
+        "vm-state-size": snapshot.vm_state_size,
+        **({} if snapshot.icount is None else {"icount": snapshot.icount}),
+    }
+
+
+def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
+    """ImageInfo, and unless it shall be `flat` that of the images behind."""
     info: dict[str, Any] = {
         "virtual-size": node.size,
         "filename": node.filename,
         "format": node.driver,
         "actual-size": node.allocated_size,
     }
+    if node.cluster_size is not None:
+        info["cluster-size"] = node.cluster_size
     if node.encrypted:
         info["encrypted"] = True
     specific = node.format_specific()
     if specific is not None:
         info["format-specific"] = specific
     if node.has_info:
-        info["dirty-flag"] = False
+        info["dirty-flag"] = node.dirty
+    if node.internal_snapshots:
+        info["snapshots"] = [snapshot_info(snapshot) for snapshot in node.internal_snapshots]
+    if node.backing_filename is not None:
+        info["backing-filename"] = node.backing_filename
+        with suppress(Error):
+            info["full-backing-filename"] = node.full_backing_filename
+        if node.backing_format is not None:
+            info["backing-filename-format"] = node.backing_format
+    if node.backing is not None and not flat:
+        info["backing-image"] = image_info(node.backing)
     return info
 
 
-def block_device_info(node: Node) -> dict[str, Any]:
-    """BlockDeviceInfo; there is no throttling yet, so its limits are zero."""
-    image = image_info(node)
+def block_device_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
+    """BlockDeviceInfo, `flat` without the images behind; without throttling its limits are zero."""
+    image = image_info(node, flat=flat)
     options = node.node_options
     return {
         "iops_rd": 0,
@@ -165,7 +256,8 @@ def block_device_info(node: Node) -> dict[str, Any]:
         "iops_wr": 0,
         "ro": node.read_only,
         "node-name": node.name,
-        "backing_file_depth": 0,
+        "backing_file_depth": 0 if flat else node.backing_depth,
+        **({"backing_file": node.backing.filename} if node.backing is not None else {}),
         "drv": node.driver,
         "iops": 0,
         "bps_wr": 0,
@@ -229,8 +321,8 @@ def device_stats(accounting: Accounting, write_highest_offset: int) -> dict[str,
     return stats
 
 
-def node_stats(node: Node) -> dict[str, Any]:
-    """BlockStats of a node and of what it gets its data from."""
+def node_stats(node: Node, *, with_backing: bool = False) -> dict[str, Any]:
+    """BlockStats of a node and of what it gets its data from, perhaps with the images behind."""
     stats: dict[str, Any] = {"node-name": node.name}
     specific = node.driver_statistics()
     if specific is not None:
@@ -239,13 +331,15 @@ def node_stats(node: Node) -> dict[str, Any]:
         Accounting(count_invalid=False, count_failed=False), node.write_highest_offset
     )
     if "file" in node.children:
-        stats["parent"] = node_stats(node.file)
+        stats["parent"] = node_stats(node.file, with_backing=with_backing)
+    if node.backing is not None and with_backing:
+        stats["backing"] = node_stats(node.backing, with_backing=True)
     return stats
 
 
 def disk_stats(backend: Backend) -> dict[str, Any]:
     """BlockStats of a device's disk."""
-    stats = node_stats(backend.node)
+    stats = node_stats(backend.node, with_backing=True)
     stats["stats"] = device_stats(backend.accounting, backend.node.write_highest_offset)
     return {"device": backend.name, **({"qdev": backend.qdev} if backend.qdev else {}), **stats}
 
@@ -268,6 +362,12 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "blockdev-del": blockdev_del,
     "blockdev-create": blockdev_create,
     "block_resize": block_resize,
+    "blockdev-reopen": blockdev_reopen,
+    "blockdev-snapshot": blockdev_snapshot,
+    "blockdev-snapshot-sync": blockdev_snapshot_sync,
+    "change-backing-file": change_backing_file,
+    "blockdev-snapshot-internal-sync": blockdev_snapshot_internal_sync,
+    "blockdev-snapshot-delete-internal-sync": blockdev_snapshot_delete_internal_sync,
     "query-named-block-nodes": query_named_block_nodes,
     "query-block": query_block,
     "query-blockstats": query_blockstats,

@@ -6,10 +6,34 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from qmpd.commands import block_core, block_export, char, control, introspect, job, machine, misc, qdev, qom
+from qmpd.commands import (
+    block_core,
+    block_export,
+    char,
+    control,
+    introspect,
+    job,
+    machine,
+    misc,
+    qdev,
+    qom,
+    transaction,
+)
 from qmpd.commands.parts import Parts
 
-_MODULES: Final = (block_core, block_export, char, control, introspect, job, machine, misc, qdev, qom)
+_MODULES: Final = (
+    block_core,
+    block_export,
+    char,
+    control,
+    introspect,
+    job,
+    machine,
+    misc,
+    qdev,
+    qom,
+    transaction,
+)
 
 
 def handlers(parts: Parts) -> dict[str, Callable[[dict[str, Any]], Any]]:

@@ -37,7 +37,6 @@ class _Export:
     """One entry of `query-block-exports`."""
 
     id: str
-    node_name: str
     nbd: NBDExport
     shutting_down: bool = False
 
@@ -153,7 +152,7 @@ class Exports:
             allocation_depth=options.get("allocation-depth", False),
         )
         server.exports[name] = nbd
-        self._all[export_id] = _Export(export_id, node.name, nbd)
+        self._all[export_id] = _Export(export_id, nbd)
 
     async def remove(self, export_id: str, mode: str = "safe") -> None:
         """Take an export away, as `block-export-del` does.  Its begun requests are finished first.
@@ -182,13 +181,14 @@ class Exports:
         async with self._graph.drained(backend.node):
             backend.detach()
         del self._all[export.id]
+        await self._graph.departed()
         self._emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
     def query(self) -> list[dict[str, Any]]:
         """What `query-block-exports` returns, newest first."""
         return [
             {
-                "node-name": export.node_name,
+                "node-name": export.nbd.backend.node.name,
                 "shutting-down": export.shutting_down,
                 "type": "nbd",
                 "id": export.id,

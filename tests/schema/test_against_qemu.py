@@ -29,7 +29,7 @@ Entity = Mapping[str, Any]
 LATER: Final = "comes together with the driver, object or job that it belongs to"
 MACHINE: Final = "is about a machine, of which there is none"
 NETWORK: Final = "is about networks or a guest's other devices"
-CHAINS: Final = "is about backing images, snapshots and bitmaps, which no driver of ours has"
+CHAINS: Final = "is about compression and bitmaps, which no driver of ours has"
 THROTTLING: Final = "belongs to the throttle driver, which is not there yet"
 PRIMITIVES: Final = "is not offered by the cryptography library, or is no mode for a disk"
 ORNAMENT: Final = "would have no effect"
@@ -45,7 +45,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         "blockdev-add.driver",
         "blkdebug blklogwrites blkreplay blkverify bochs cloop compress copy-before-write copy-on-read dmg "
         "ftp ftps gluster host_cdrom host_device http https iscsi nbd nfs nvme parallels preallocate qcow "
-        "qcow2 qed quorum rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat",
+        "qed quorum rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat",
         LATER,
     ),
     ("blockdev-add<file>", "aio-max-batch pr-manager x-check-cache-dropped", ORNAMENT),
@@ -55,6 +55,13 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         PRIMITIVES,
     ),
     ("blockdev-create.options<luks>.cipher-mode", "ctr ecb", PRIMITIVES),
+    (
+        "blockdev-create.options<qcow2>",
+        "backing-file backing-fmt cluster-size compression-type data-file data-file-raw encrypt extended-l2 "
+        "file lazy-refcounts preallocation refcount-bits size version",
+        LATER,
+    ),
+    ("query-named-block-nodes ->[].image.format-specific<qcow2>.data", "bitmaps", CHAINS),
     ("blockdev-create.options<luks>.ivgen-hash-alg", "ripemd160", PRIMITIVES),
     (
         "object-add.qom-type",
@@ -77,21 +84,27 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         LATER,
     ),
     ("block-export-add.type", "fuse vduse-blk vhost-user-blk", LATER),
-    ("query-blockstats ->[]", "backing", CHAINS),
     (
         "query-jobs ->[].type",
         "amend backup commit mirror snapshot-delete snapshot-load snapshot-save stream",
         LATER,
     ),
     ("query-block-jobs ->[]", "<mirror>", LATER),
-    ("query-named-block-nodes ->[]", "backing_file dirty-bitmaps", CHAINS),
+    ("query-named-block-nodes ->[]", "dirty-bitmaps", CHAINS),
     ("query-named-block-nodes ->[]", _RATES, THROTTLING),
     (
         "query-named-block-nodes ->[].image",
-        "backing-filename backing-filename-format backing-image compressed full-backing-filename snapshots",
+        "compressed",
         CHAINS,
     ),
-    ("query-named-block-nodes ->[].image.format-specific.type", "qcow2 rbd vmdk", LATER),
+    (
+        "transaction.actions[].type",
+        "block-dirty-bitmap-add block-dirty-bitmap-clear block-dirty-bitmap-disable "
+        "block-dirty-bitmap-enable block-dirty-bitmap-merge block-dirty-bitmap-remove blockdev-backup "
+        "drive-backup",
+        LATER,
+    ),
+    ("query-named-block-nodes ->[].image.format-specific.type", "rbd vmdk", LATER),
 )
 
 #: (place, members or values that only qmpd has there, why).

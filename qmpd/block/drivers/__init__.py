@@ -25,6 +25,7 @@ _CLASSES: Final[Mapping[str, tuple[str, str]]] = {
     "luks": ("luks", "LuksNode"),
     "null-aio": ("null", "NullAioNode"),
     "null-co": ("null", "NullCoNode"),
+    "qcow2": ("qcow2.driver", "Qcow2Node"),
     "raw": ("raw", "RawNode"),
 }
 

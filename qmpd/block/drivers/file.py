@@ -13,11 +13,12 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qmpd.block import allocation, creation
 from qmpd.block.buffers import unset
+from qmpd.block.change import Change
 from qmpd.block.file_locks import ImageLocks
 from qmpd.block.node import SECTOR, BlockStatus, Data, Extent, Node, NotSupported
 from qmpd.block.options import NodeOptions
@@ -89,11 +90,18 @@ def resize(descriptor: int, size: int, preallocation: str) -> None:
         raise Error(f"Could not resize file: {error.strerror}") from None
 
 
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 class FileNode(Node):
     """One regular file, opened for as much as its options allow."""
 
     driver = "file"
     is_protocol = True
+    changeable_options = frozenset({"drop-cache"})
 
     def __init__(
         self, graph: Graph, name: str, options: Mapping[str, Any], node_options: NodeOptions
@@ -128,30 +136,49 @@ class FileNode(Node):
             self._locks = ImageLocks(self._lock_descriptor)
         self._size = os.fstat(self._descriptor).st_size
 
+    async def reopen(self, options: Mapping[str, Any], node_options: NodeOptions, change: Change) -> None:
+        """Open the same file again if it is to be used in another way."""
+        before = self.node_options
+        await super().reopen(options, node_options, change)
+        writable = not self.read_only and (self._writable or not node_options.auto_read_only)
+        if writable == self._writable and node_options.direct == before.direct:
+            return
+        try:
+            # Its name may mean another file by now.
+            new = self._try_open(f"/proc/self/fd/{self._descriptor}", writable)
+        except OSError as error:
+            raise Error(f"Could not reopen file: {error.strerror}") from None
+        old = self._descriptor, self._direct_descriptor
+        change.on_failure(self._go_back, *old, self._writable)
+        change.on_success(_close, *old)
+        self._descriptor, self._direct_descriptor = new
+        self._writable = writable
+
+    def _go_back(self, descriptor: int, direct_descriptor: int, writable: bool) -> None:
+        _close(self._descriptor, self._direct_descriptor)
+        self._descriptor, self._direct_descriptor = descriptor, direct_descriptor
+        self._writable = writable
+
     def _open_descriptors(self, writable: bool) -> tuple[int, int]:
         """A descriptor through the page cache, and with `cache.direct` one past it (else -1)."""
-        flags = os.O_RDWR if writable else os.O_RDONLY
         try:
-            descriptor = open_regular(self._filename, flags)
-            try:
-                direct = open_regular(self._filename, flags | os.O_DIRECT) if self.node_options.direct else -1
-            except BaseException:
-                os.close(descriptor)
-                raise
+            return self._try_open(self._filename, writable)
         except OSError as error:
             raise Error(f"Could not open '{self._filename}': {error.strerror}") from None
+
+    def _try_open(self, filename: str, writable: bool) -> tuple[int, int]:
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        descriptor = open_regular(filename, flags)
+        try:
+            direct = open_regular(filename, flags | os.O_DIRECT) if self.node_options.direct else -1
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor, direct
 
     async def close(self) -> None:
         """Close the descriptors, which gives back the locks."""
-        for descriptor in (
-            self._descriptor,
-            self._direct_descriptor,
-            self._lock_descriptor,
-            *self._retired,
-        ):
-            if descriptor >= 0:
-                os.close(descriptor)
+        _close(self._descriptor, self._direct_descriptor, self._lock_descriptor, *self._retired)
         self._descriptor = self._direct_descriptor = self._lock_descriptor = -1
 
     # -- permissions are locks
@@ -189,6 +216,17 @@ class FileNode(Node):
         """The name that it was opened with."""
         return self._filename
 
+    @property
+    def protocol_filename(self) -> str | None:
+        """The same."""
+        return self._filename
+
+    @property
+    def identity(self) -> Hashable:
+        """Which file it is, whatever its name."""
+        status = os.fstat(self._descriptor)
+        return self.driver, status.st_dev, status.st_ino
+
     def full_options(self) -> dict[str, Any]:
         """Driver and file name."""
         return {"driver": self.driver, "filename": self._filename}
@@ -197,6 +235,16 @@ class FileNode(Node):
     def allocated_size(self) -> int:
         """What the file occupies, in bytes (its blocks of 512 bytes as stat(2) counts them)."""
         return os.fstat(self._descriptor).st_blocks * 512
+
+    @property
+    def can_grow(self) -> bool:
+        """As files do."""
+        return True
+
+    @property
+    def grows_with_zeroes(self) -> bool:
+        """Holes are zeroes."""
+        return True
 
     @property
     def has_info(self) -> bool:

@@ -137,6 +137,11 @@ class LuksNode(Node):
         return max(self.file.size - self._payload_offset, 0) // SECTOR * SECTOR
 
     @property
+    def can_grow(self) -> bool:
+        """As the payload's node; what it grows by does not read as zeroes, for it is deciphered."""
+        return self.file.can_grow
+
+    @property
     def encrypted(self) -> bool:
         """Always."""
         return True
@@ -237,7 +242,7 @@ class LuksNode(Node):
             if start:
                 await asyncio.sleep(0)
             tile = await self._encrypt(data[start : start + TILE], (offset + start) // SECTOR)
-            await self.file.pwrite(self._payload_offset + offset + start, tile)
+            await self.file.pwrite(self._payload_offset + offset + start, tile, grow=self.can_grow)
 
     async def _encrypt(self, data: memoryview, sector: int) -> Data:
         lease = self._lease(len(data))

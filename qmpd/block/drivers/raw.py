@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from qmpd.block.change import Change
 from qmpd.block.node import SECTOR, BlockStatus, Data, Extent, Node, NotSupported
+from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
 
@@ -15,9 +18,20 @@ class RawNode(Node):
 
     driver = "raw"
     strong_options = ("offset", "size")
+    changeable_options = resettable_options = frozenset(strong_options)
 
     async def open(self) -> None:
         """Check the window against the child's size."""
+        self._set_window()
+
+    async def reopen(self, options: Mapping[str, Any], node_options: NodeOptions, change: Change) -> None:
+        """Move the window."""
+        await super().reopen(options, node_options, change)
+        change.on_failure(setattr, self, "_offset", self._offset)
+        change.on_failure(setattr, self, "_fixed_size", self._fixed_size)
+        self._set_window()
+
+    def _set_window(self) -> None:
         for name in self.strong_options:
             value = self.options.get(name, 0)
             if value < 0:
@@ -45,6 +59,16 @@ class RawNode(Node):
             return self._fixed_size
         return -(-max(self.file.size - self._offset, 0) // SECTOR) * SECTOR
 
+    @property
+    def can_grow(self) -> bool:
+        """A window has a fixed size; else as the child."""
+        return self._fixed_size is None and self.file.can_grow
+
+    @property
+    def grows_with_zeroes(self) -> bool:
+        """As the child."""
+        return self.file.grows_with_zeroes
+
     def child_permissions(
         self, role: str, perm: Permission, shared: Permission
     ) -> tuple[Permission, Permission]:
@@ -68,7 +92,7 @@ class RawNode(Node):
         return await self.file.pwrite_many([(self._offset + offset, data) for offset, data in writes])
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
-        await self.file.pwrite(self._offset + offset, data)
+        await self.file.pwrite(self._offset + offset, data, grow=self.can_grow)
 
     async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         try:

@@ -1,0 +1,1155 @@
+"""The node `qcow2`: guests' requests on an image.
+
+A request is cut where the mapping changes.  Reading looks a run of clusters up and gets it from the
+data file, from the backing file, from a compressed cluster, or from nowhere (zeroes).
+
+Writing to clusters that have a place of their own goes straight there.  All other writes are
+*allocations*: they take a run of free clusters, write the data together with what surrounds it in its first
+and last cluster, and then change the L2 entries in memory (`metadata` says when the storage learns
+of it).  Allocations that touch the same cluster wait for each other; so do other writes to it.
+
+With an external data file every cluster has the place there that it has on the disk, and none is counted.
+
+Source: qcow2 specification.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from array import array
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+
+from qmpd.block.change import Change
+from qmpd.block.drivers.qcow2 import mapping
+from qmpd.block.drivers.qcow2.compression import decompress
+from qmpd.block.drivers.qcow2.header import (
+    AUTOCLEAR_POSITION,
+    FULL_BYTES,
+    INCOMPATIBLE_POSITION,
+    L1_POSITION,
+    MAX_BACKING_NAME,
+    MAX_L1_BYTES,
+    SIZE_POSITION,
+    SUBCLUSTERS,
+    V2_BYTES,
+    V3_BYTES,
+    Autoclear,
+    Compatible,
+    Encryption,
+    ExtensionType,
+    Header,
+    Incompatible,
+)
+from qmpd.block.drivers.qcow2.mapping import BACKING_KINDS, COPIED, OFFSET, ZERO, ZERO_KINDS, Kind
+from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, shown
+from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
+from qmpd.block.drivers.qcow2.settings import Settings
+from qmpd.block.drivers.qcow2.snapshots import MAX_TABLE_BYTES, Snapshot, parse_table
+from qmpd.block.node import SECTOR, BlockStatus, Data, InternalSnapshot, Node, NotSupported, errno_error
+from qmpd.block.options import NodeOptions
+from qmpd.block.permissions import Permission
+from qmpd.errors import Error
+
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+
+#: Decompressed clusters that are kept for the next small read.
+_INFLATED: Final = 4
+
+#: Zeroes around data in a new cluster are written with it if they are no more than these bytes, else apart.
+_MERGED_ZEROES: Final = 64 << 10
+
+#: Tables of snapshots are read in pieces of so many bytes.
+_TABLE_PIECE: Final = 64 << 10
+
+
+class Run(NamedTuple):
+    """What the mapping says of `length` bytes of the disk.
+
+    `place` is the offset in the data file, or the L2 entry of a compressed cluster.
+    """
+
+    kind: Kind
+    place: int
+    length: int
+
+
+class _Allocation:
+    """Clusters of the disk, from `first` up to `end`, whose entries are about to change."""
+
+    __slots__ = ("done", "end", "first")
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first = first
+        self.end = end
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class Qcow2Node(Node):
+    """An image in the format qcow2."""
+
+    driver = "qcow2"
+    supports_backing = True
+    changeable_options = resettable_options = frozenset(
+        {
+            "cache-clean-interval",
+            "cache-size",
+            "discard-no-unref",
+            "encrypt",
+            "l2-cache-entry-size",
+            "l2-cache-size",
+            "lazy-refcounts",
+            "overlap-check",
+            "pass-discard-other",
+            "pass-discard-request",
+            "pass-discard-snapshot",
+            "refcount-cache-size",
+        }
+    )
+
+    def __init__(
+        self, graph: Graph, name: str, options: Mapping[str, Any], node_options: NodeOptions
+    ) -> None:
+        super().__init__(graph, name, options, node_options)
+        self._header = Header()
+        self._meta: Metadata | None = None
+        self._settings: Settings | None = None
+        self._snapshots: list[Snapshot] = []
+        self._allocations: list[_Allocation] = []
+        self._inflated: dict[int, bytes] = {}
+        #: Set when damage was found that makes every further request fail.
+        self._dead = False
+        self._complained = False
+        self._dirtying = asyncio.Lock()
+        self._marking: asyncio.Task[None] | None = None
+
+    # -- opening and closing
+
+    async def open(self) -> None:
+        """Read the header and the tables, and see that a writer finds an image in order."""
+        try:
+            await self._open()
+        except OSError as error:
+            raise Error(f"Could not read qcow2 image: {error.strerror}") from None
+
+    async def _open(self) -> None:
+        file = self.file
+        start = await _padded(file, 0, FULL_BYTES)
+        cluster = Header.cluster_bytes_of(start)
+        if (int.from_bytes(start[4:8], "big") >= 3 and file.size < V3_BYTES) or file.size < V2_BYTES:
+            raise Error("qcow2 header too short")
+        header = self._header = Header.parse(await _padded(file, 0, cluster))
+        if not self.read_only and header.incompatible & Incompatible.CORRUPT:
+            raise Error("qcow2: Image is corrupt; cannot be opened read/write")
+        settings = self._settings = Settings.parse(
+            self.options, header, unmap=self.node_options.discard == "unmap"
+        )
+        await self._open_data_file(header)
+        self._check_encryption(header)
+        name = header.backing_name
+        self.backing_filename = name.decode(errors="surrogateescape") if name else None
+        self.backing_format = header.backing_format
+        self._bits = header.cluster_bits
+        self._cluster = header.cluster_bytes
+        self._mask = header.cluster_bytes - 1
+        #: Bytes of what is allocated or zero as a whole.
+        self._grain = header.cluster_bytes // SUBCLUSTERS if header.extended_l2 else header.cluster_bytes
+        self._external = header.external_data
+        self._size = header.size // SECTOR * SECTOR
+        meta = self._meta = Metadata(file, header, settings, self._corrupt)
+        await meta.load()
+        await self._load_snapshots(meta)
+        if self._external:
+            meta.data_barrier = self._flush_both
+        if not self.read_only:
+            await self._prepare_to_write(meta, header, settings)
+
+    async def _open_data_file(self, header: Header) -> None:
+        reference = self.options.get("data-file")
+        if not header.external_data:
+            if reference is not None:
+                raise Error("'data-file' can only be set for images with an external data file")
+            if header.raw_external_data:
+                raise Error("data-file-raw requires a data file")
+            return
+        if reference is None:
+            if header.data_file_name is None:
+                raise Error("'data-file' is required for this image")
+            reference = {"driver": "file", "filename": header.data_file_name}
+        await self.graph.open_child(self, "data-file", reference)
+
+    def _check_encryption(self, header: Header) -> None:
+        wanted = self.options.get("encrypt")
+        if header.encryption is Encryption.NONE:
+            if wanted is not None:
+                raise Error(
+                    f"No encryption in image header, but options specified format '{wanted['format']}'"
+                )
+            return
+        # What deciphers the data goes where `_read_data` and `_write_data` are.
+        raise Error("Encrypted qcow2 images are not supported yet")
+
+    async def _load_snapshots(self, meta: Metadata) -> None:
+        header = self._header
+        if not header.snapshot_count:
+            return
+        data = bytearray()
+        while True:
+            try:
+                self._snapshots, length = parse_table(data, header.snapshot_count)
+                break
+            except Error:
+                # The table does not say how long it is.
+                position = header.snapshots_offset + len(data)
+                if len(data) >= MAX_TABLE_BYTES or (data and position >= self.file.size):
+                    raise
+                data += await meta.read(position, max(_TABLE_PIECE, len(data)))
+        cluster = header.cluster_bytes
+        meta.map.set("snapshot-table", _clusters(header.snapshots_offset, length, cluster))
+        await self._map_snapshots(meta)
+
+    async def _map_snapshots(self, meta: Metadata) -> None:
+        """Note where the tables of snapshots are, as far as the overlap checks want to know."""
+        cluster = self._header.cluster_bytes
+        l1_clusters: set[int] = set()
+        l2_clusters: set[int] = set()
+        for snapshot in self._snapshots:
+            length = snapshot.l1_entries * 8
+            if length > MAX_L1_BYTES or snapshot.l1_offset % cluster:
+                continue  # It can't be gone back to; it harms nobody as long as it is not.
+            l1_clusters.update(_clusters(snapshot.l1_offset, length, cluster))
+            if meta.map.wants("inactive-l2"):
+                for entry in mapping.parse_table(await meta.read(snapshot.l1_offset, length)):
+                    l2_clusters.add((entry & OFFSET) // cluster)
+        meta.map.set("inactive-l1", l1_clusters)
+        meta.map.set("inactive-l2", l2_clusters - {0})
+
+    async def _prepare_to_write(self, meta: Metadata, header: Header, settings: Settings) -> None:
+        known = Autoclear.DATA_FILE_RAW
+        if header.autoclear & ~int(known):
+            # Whoever set them relies on that nobody writes who does not keep their promises.
+            header.autoclear &= int(known)
+            await self.file.pwrite(AUTOCLEAR_POSITION, header.autoclear.to_bytes(8, "big"))
+            await self.file.flush()
+        if header.incompatible & Incompatible.DIRTY:
+            await rebuild_refcounts(meta, self._snapshots)
+            await self._set_incompatible(header.incompatible & ~Incompatible.DIRTY)
+        if settings.lazy_refcounts:
+            meta.lazy = True
+            meta.before_change = self._become_dirty
+
+    async def _become_dirty(self) -> None:
+        """With lazy refcounts: the header says that the counts are not to be relied on."""
+        async with self._dirtying:
+            if not self._header.incompatible & Incompatible.DIRTY:
+                await self._set_incompatible(self._header.incompatible | Incompatible.DIRTY)
+
+    async def _set_incompatible(self, bits: int) -> None:
+        await self.file.flush()
+        await self.file.pwrite(INCOMPATIBLE_POSITION, int(bits).to_bytes(8, "big"))
+        await self.file.flush()
+        self._header.incompatible = int(bits)
+
+    async def reopen(self, options: Mapping[str, Any], node_options: NodeOptions, change: Change) -> None:
+        """Load the tables anew with the new settings; everything has been written back."""
+        await super().reopen(options, node_options, change)
+        header = self._header
+        if options.get("encrypt") is not None:
+            self._check_encryption(header)
+        if not self.read_only and header.incompatible & Incompatible.CORRUPT:
+            raise Error("qcow2: Image is corrupt; cannot be opened read/write")
+        settings = Settings.parse(options, header, unmap=node_options.discard == "unmap")
+        meta = Metadata(self.file, header, settings, self._corrupt)
+        change.on_failure(setattr, self, "_meta", self._meta)
+        change.on_failure(setattr, self, "_settings", self._settings)
+        self._meta, self._settings = meta, settings
+        try:
+            await meta.load()
+            await self._map_snapshots(meta)
+        except OSError as error:
+            raise Error(f"Could not read qcow2 image: {error.strerror}") from None
+        if self._external:
+            meta.data_barrier = self._flush_both
+        if not self.read_only:
+            # The file may be written to only when the change is complete.
+            change.on_success(self._begin_to_write, meta, header, settings)
+
+    async def _begin_to_write(self, meta: Metadata, header: Header, settings: Settings) -> None:
+        try:
+            await self._prepare_to_write(meta, header, settings)
+        except BaseException:
+            self.read_only = True
+            raise
+
+    async def change_backing_name(self, filename: str | None, image_format: str | None) -> None:
+        """Write the header's first cluster anew."""
+        meta = self._alive()
+        name = None if filename is None else filename.encode(errors="surrogateescape")
+        if name is not None and len(name) > MAX_BACKING_NAME:
+            raise errno_error(errno.EINVAL)
+        header = self._header.copy()
+        before = len(header.build())
+        header.backing_name = name
+        kind = ExtensionType.BACKING_FORMAT
+        header.set_extension(kind, None if image_format is None else image_format.encode())
+        try:
+            data = header.build()
+        except Error:
+            raise errno_error(errno.ENOSPC) from None
+        await meta.commit()
+        await self.file.pwrite(0, data.ljust(before, b"\0"))
+        await self.file.flush()
+        self._header.backing_name = name
+        self._header.set_extension(kind, header.extension(kind))
+        self.backing_filename, self.backing_format = filename, header.backing_format
+        self.implied_backing = None
+
+    async def settle(self) -> None:
+        """Write back all tables, and say that the image was closed properly."""
+        if self._marking is not None:
+            await self._marking
+        meta = self._meta
+        if meta is None or self.read_only or self._dead:
+            return
+        await meta.settle()
+        if meta.lazy and self._header.incompatible & Incompatible.DIRTY:
+            await self._set_incompatible(self._header.incompatible & ~Incompatible.DIRTY)
+
+    # -- damage
+
+    def _corrupt(self, message: str, *, offset: int = -1, size: int = -1, fatal: bool = True) -> NoReturn:
+        """The image is damaged: tell, and if it may be written mark it and refuse everything from now on.
+
+        :raise OSError: EIO.
+        """
+        fatal = fatal and not self.read_only
+        if not self._dead and (fatal or not self._complained):
+            self._complained = True
+            self.graph.report_corruption(self, message, offset, size, fatal)
+        if fatal and not self._dead:
+            self._dead = True
+            if self._header.version >= 3:
+                self._header.incompatible |= Incompatible.CORRUPT
+                bits = self._header.incompatible.to_bytes(8, "big")
+                self._marking = asyncio.create_task(self._mark_corrupt(bits))
+        raise errno_error(errno.EIO)
+
+    async def _mark_corrupt(self, bits: bytes) -> None:
+        try:
+            await self.file.pwrite(INCOMPATIBLE_POSITION, bits)
+            await self.file.flush()
+        except OSError:
+            pass  # It was told already.
+
+    def _alive(self) -> Metadata:
+        """The tables, as long as they can be trusted.
+
+        :raise OSError: ENOMEDIUM afterwards.
+        """
+        if self._dead or self._meta is None:
+            raise errno_error(errno.ENOMEDIUM)
+        return self._meta
+
+    # -- what it is
+
+    @property
+    def size(self) -> int:
+        """The disk's size."""
+        return self._size
+
+    _size = 0
+
+    @property
+    def cluster_size(self) -> int | None:
+        """Bytes of a cluster."""
+        return self._header.cluster_bytes
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the counts in the file are not to be relied on."""
+        return bool(self._header.incompatible & Incompatible.DIRTY)
+
+    @property
+    def has_info(self) -> bool:
+        """There is always something to tell."""
+        return True
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the data is encrypted inside the format."""
+        return self._header.encryption is not Encryption.NONE
+
+    @property
+    def internal_snapshots(self) -> list[InternalSnapshot]:
+        """The internal snapshots as all formats have them."""
+        second = 1_000_000_000
+        return [
+            InternalSnapshot(
+                id=snapshot.id,
+                name=snapshot.name,
+                vm_state_size=snapshot.vm_state_bytes,
+                date=snapshot.seconds * second + snapshot.nanoseconds,
+                vm_clock=snapshot.guest_clock,
+                icount=snapshot.instructions,
+            )
+            for snapshot in self._snapshots
+        ]
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The internal snapshots."""
+        return self._snapshots
+
+    def format_specific(self) -> dict[str, Any] | None:
+        """ImageInfoSpecificQCow2."""
+        header = self._header
+        data: dict[str, Any] = {
+            "compat": "0.10" if header.version == 2 else "1.1",
+            "refcount-bits": 1 << header.refcount_order,
+            "compression-type": header.compression.name.lower(),
+        }
+        if header.version >= 3:
+            data["lazy-refcounts"] = bool(header.compatible & Compatible.LAZY_REFCOUNTS)
+            data["corrupt"] = bool(header.incompatible & Incompatible.CORRUPT)
+            data["extended-l2"] = header.extended_l2
+            if header.external_data:
+                if header.data_file_name is not None:
+                    data["data-file"] = header.data_file_name
+                data["data-file-raw"] = header.raw_external_data
+        return {"type": "qcow2", "data": data}
+
+    def child_permissions(
+        self, role: str, perm: Permission, shared: Permission
+    ) -> tuple[Permission, Permission]:
+        """The image file is ours alone, for its tables are in our memory; data goes where it goes.
+
+        What fills a hole with what is there already allocates clusters, so it is a write below.
+        """
+        if perm & Permission.WRITE_UNCHANGED:
+            perm |= Permission.WRITE
+        if role == "data-file":
+            if perm & Permission.WRITE:
+                perm |= Permission.RESIZE
+            return perm, shared & ~Permission.RESIZE
+        perm |= Permission.CONSISTENT_READ
+        if not self.read_only:
+            perm |= Permission.WRITE | Permission.RESIZE
+        return perm, shared & ~(Permission.WRITE | Permission.RESIZE) | Permission.WRITE_UNCHANGED
+
+    @property
+    def _data(self) -> Node:
+        """The node that holds guests' data."""
+        edge = self.children.get("data-file")
+        return self.file if edge is None else edge.child
+
+    # -- looking things up
+
+    async def _look_up(self, offset: int, length: int) -> Run:
+        """The first run of bytes from `offset` on that is in one place.
+
+        :raise OSError: EIO on entries that make no sense, or what the storage says.
+        """
+        meta = self._alive()
+        cluster, within = offset >> self._bits, offset & self._mask
+        piece = await meta.slice_for(cluster)
+        if piece is None:
+            table_bytes = self._header.l2_entries << self._bits
+            return Run(Kind.UNALLOCATED, 0, min(length, table_bytes - offset % table_bytes))
+        index = cluster % meta.slice_entries
+        if meta.entry_words == 2:
+            return self._look_up_subclusters(piece, index, offset, length)
+        return self._look_up_clusters(piece, index, cluster, within, length)
+
+    def _look_up_clusters(self, piece: L2Slice, index: int, cluster: int, within: int, length: int) -> Run:
+        words = piece.words
+        entry = words[index]
+        kind = mapping.kind_of(entry, self._external)
+        place = entry & OFFSET
+        found = self._cluster - within
+        if kind is Kind.COMPRESSED:
+            if self._external:
+                self._complain(
+                    "Compressed cluster entry found in image with external data file", piece, index
+                )
+            return Run(kind, entry, min(found, length))
+        if kind is Kind.DATA:
+            self._check_place("Cluster allocation", place, cluster, piece, index)
+            step = self._cluster
+        else:
+            if kind in ZERO_KINDS:
+                if self._header.version < 3:
+                    self._complain("Zero cluster entry found in pre-v3 image", piece, index)
+                if place:
+                    self._check_place("Preallocated zero cluster", place, cluster, piece, index)
+            step = 0
+        if found < length:
+            next_place = place
+            kept = ~COPIED if not self._external else ~0
+            flags = entry & kept & ~OFFSET
+            for position in range(index + 1, len(words)):
+                next_place += step
+                other = words[position] & kept
+                if step:
+                    if other != flags | next_place:
+                        break
+                elif mapping.kind_of(other, self._external) is not kind:
+                    break
+                found += self._cluster
+                if found >= length:
+                    break
+        return Run(kind, place + within, min(found, length))
+
+    def _look_up_subclusters(self, piece: L2Slice, index: int, offset: int, length: int) -> Run:
+        words = piece.words
+        entry, bitmap = words[2 * index], words[2 * index + 1]
+        grain = self._grain
+        within = offset & self._mask
+        number = within // grain
+        kind = mapping.subcluster_kind(entry, bitmap, number, self._external)
+        place = entry & OFFSET
+        if kind is Kind.COMPRESSED:
+            if self._external:
+                self._complain(
+                    "Compressed cluster entry found in image with external data file", piece, index
+                )
+            return Run(kind, entry, min(self._cluster - within, length))
+        if kind is Kind.INVALID:
+            self._complain("Invalid cluster entry found", piece, index)
+        if place:
+            self._check_place("Cluster allocation", place, offset >> self._bits, piece, index)
+        found = grain - within % grain
+        expected = place
+        position, entries = index, len(words) // 2
+        while found < length:
+            number += 1
+            if number == SUBCLUSTERS:
+                number = 0
+                position += 1
+                if position == entries:
+                    break
+                entry, bitmap = words[2 * position], words[2 * position + 1]
+                expected += self._cluster
+                if kind is Kind.DATA and entry & OFFSET != expected:
+                    break
+            if mapping.subcluster_kind(entry, bitmap, number, self._external) is not kind:
+                break
+            found += grain
+        return Run(kind, place + within, min(found, length))
+
+    def _complain(self, what: str, piece: L2Slice, index: int) -> NoReturn:
+        table = piece.offset // self._cluster * self._cluster
+        number = (piece.offset - table) // self._header.l2_entry_bytes + index
+        self._corrupt(f"{what} (L2 offset: {shown(table)}, L2 index: {shown(number)})")
+
+    def _check_place(self, what: str, place: int, cluster: int, piece: L2Slice, index: int) -> None:
+        if place & self._mask:
+            self._complain(f"{what} offset {shown(place)} unaligned", piece, index)
+        if self._external and place != cluster << self._bits:
+            table = piece.offset // self._cluster * self._cluster
+            number = (piece.offset - table) // self._header.l2_entry_bytes + index
+            self._corrupt(
+                f"External data file host cluster offset {shown(place)} does not match guest cluster "
+                f"offset: {shown(cluster << self._bits)}, L2 index: {shown(number)})"
+            )
+
+    # -- reading
+
+    async def _pread(self, offset: int, length: int) -> Data:
+        meta = self._alive()
+        epoch = meta.epoch
+        epoch.requests += 1
+        try:
+            # Most small requests are for a cluster whose entry is in memory; this is all that they need.
+            cluster = offset >> self._bits
+            if meta.entry_words == 1 and (piece := meta.peek(cluster)) is not None:
+                index = cluster % meta.slice_entries
+                run = self._look_up_clusters(piece, index, cluster, offset & self._mask, length)
+                if run.kind is Kind.DATA and run.length == length:
+                    data = self._data
+                    if run.place + length <= data.size:
+                        return await data.pread(run.place, length)
+            return await self._read(offset, length)
+        finally:
+            epoch.requests -= 1
+
+    async def _read(self, offset: int, length: int) -> Data:
+        """What the guest finds there; the disk's last cluster is full of zeroes behind its end."""
+        run = await self._look_up(offset, length)
+        if run.length == length:
+            return await self._read_run(run, offset)
+        buffer = memoryview(bytearray(length))
+        done = 0
+        while True:
+            if run.kind not in ZERO_KINDS and (run.kind not in BACKING_KINDS or self.backing is not None):
+                buffer[done : done + run.length] = await self._read_run(run, offset + done)
+            done += run.length
+            if done == length:
+                return buffer
+            run = await self._look_up(offset + done, length - done)
+
+    async def _read_run(self, run: Run, offset: int) -> Data:
+        if run.kind is Kind.DATA:
+            return await self._read_data(run.place, run.length)
+        if run.kind is Kind.COMPRESSED:
+            start = offset & self._mask
+            return (await self._inflate(run.place))[start : start + run.length]
+        if run.kind in BACKING_KINDS:
+            return await self.pread_backing(offset, run.length)
+        return bytes(run.length)
+
+    async def _read_data(self, place: int, length: int) -> Data:
+        return await _padded(self._data, place, length)
+
+    async def _inflate(self, entry: int) -> memoryview:
+        """The cluster that a compressed entry stands for."""
+        found = self._inflated.get(entry)
+        if found is None:
+            place = mapping.compressed_place(entry, self._bits)
+            data = await self._alive().read(place.offset, place.length)
+            try:
+                found = await self.graph.in_io_thread(
+                    decompress, self._header.compression, data, self._cluster
+                )
+            except ValueError:
+                raise errno_error(errno.EIO) from None
+            while len(self._inflated) >= _INFLATED:
+                del self._inflated[next(iter(self._inflated))]
+            self._inflated[entry] = found
+        return memoryview(found)
+
+    async def _block_status(self, offset: int, length: int) -> BlockStatus:
+        run = await self._look_up(offset, length)
+        if run.kind in BACKING_KINDS:
+            return BlockStatus(run.length, data=False, depth=0)
+        if run.kind in ZERO_KINDS:
+            return BlockStatus(run.length, data=False, zero=True)
+        return BlockStatus(run.length)
+
+    # -- writing
+
+    async def _pwrite(self, offset: int, data: memoryview) -> None:
+        epoch = self._alive().epoch
+        epoch.requests += 1
+        try:
+            done = 0
+            while done < len(data):
+                done += await self._write_some(offset + done, data[done:])
+        finally:
+            epoch.requests -= 1
+
+    @asynccontextmanager
+    async def _changing(self, first: int, end: int) -> AsyncIterator[None]:
+        """Nobody else changes the entries of these clusters for the time of an ``async with``."""
+        while (other := self._allocation_in(first, end)) is not None:
+            await asyncio.shield(other.done)
+        allocation = _Allocation(first, end)
+        self._allocations.append(allocation)
+        try:
+            yield
+        finally:
+            self._allocations.remove(allocation)
+            allocation.done.set_result(None)
+
+    def _allocation_in(self, first: int, end: int) -> _Allocation | None:
+        """The first allocation under way that touches these clusters."""
+        touching = [a for a in self._allocations if a.first < end and first < a.end]
+        return min(touching, key=lambda a: a.first) if touching else None
+
+    async def _write_some(self, offset: int, data: memoryview) -> int:
+        """Write the beginning of `data`, as far as it goes to one place; returns how many bytes."""
+        meta = self._alive()
+        cluster, within = offset >> self._bits, offset & self._mask
+        # An entry's change is made in one slice, so that nobody sees half of it.
+        slice_end = (cluster // meta.slice_entries + 1) * meta.slice_entries << self._bits
+        length = min(len(data), slice_end - offset)
+        while True:
+            piece = meta.peek(cluster) or await meta.slice_for(cluster)
+            if not self._allocations:
+                break
+            busy = self._allocation_in(cluster, (offset + length - 1 >> self._bits) + 1)
+            if busy is None:
+                break
+            if busy.first > cluster:
+                length = (busy.first << self._bits) - offset
+                break
+            await asyncio.shield(busy.done)
+            self.check_request(offset, length)
+            self._alive()
+        if piece is not None:
+            run = self._own_run(piece, cluster, within, length)
+            if run.length:
+                if not self._external:
+                    meta.check_inside(run.place)
+                    meta.check_overlap(run.place, run.length)
+                await self._write_data(run.place, data[: run.length])
+                return run.length
+        end = offset + length
+        async with self._changing(cluster, (end - 1 >> self._bits) + 1):
+            return await self._allocate_and_write(meta, piece, offset, data[:length])
+
+    def _own_run(self, piece: L2Slice, cluster: int, within: int, length: int) -> Run:
+        """The bytes that can be written in place without a change of any entry; none if its length is 0."""
+        meta = self._alive()
+        words = piece.words
+        index = cluster % meta.slice_entries
+        if meta.entry_words == 2:
+            entry = words[2 * index]
+            if not entry & COPIED or entry & mapping.COMPRESSED:
+                return Run(Kind.UNALLOCATED, 0, 0)
+            run = self._look_up_subclusters(piece, index, (cluster << self._bits) + within, length)
+            if run.kind is not Kind.DATA:
+                return Run(run.kind, 0, 0)
+            # Only as far as the copied flag was looked at.
+            return Run(run.kind, run.place, min(run.length, self._cluster - within))
+        entry = words[index]
+        if not entry & COPIED or entry & (mapping.COMPRESSED | ZERO):
+            return Run(Kind.UNALLOCATED, 0, 0)
+        place = entry & OFFSET
+        if not place and not self._external:
+            return Run(Kind.UNALLOCATED, 0, 0)
+        if place & self._mask:
+            self._corrupt(
+                f"Data cluster offset {shown(place)} unaligned (guest offset: {shown(cluster << self._bits)})"
+            )
+        found = self._cluster - within
+        expected = entry
+        while found < length:
+            index += 1
+            expected += self._cluster
+            if index == len(words) or words[index] != expected:
+                break
+            found += self._cluster
+        return Run(Kind.DATA, place + within, min(found, length))
+
+    def _reusable(self, words: array[int], index: int) -> int | None:
+        """The place that a cluster has for itself, although its entry has to change; None if it has none."""
+        entry = words[index * self._alive().entry_words]
+        if entry & mapping.COMPRESSED or not entry & COPIED or not mapping.is_placed(entry, self._external):
+            return None
+        place = entry & OFFSET
+        if place & self._mask:
+            self._corrupt(f"Preallocated zero cluster offset {shown(place)} unaligned")
+        return place
+
+    async def _allocate_and_write(
+        self, meta: Metadata, piece: L2Slice | None, offset: int, data: memoryview
+    ) -> int:
+        """Find a place for the clusters of `data`, write them, and change their entries."""
+        cluster = offset >> self._bits
+        piece = await meta.writable_slice(cluster)
+        index = cluster % meta.slice_entries
+        wanted = (offset + len(data) - 1 >> self._bits) + 1 - cluster
+        count, place, whole = self._classify(meta, piece, index, wanted)
+        taken = fresh = False
+        if place is None:
+            if self._external:
+                place = cluster << self._bits
+            else:
+                async with meta.allocating:
+                    place, count, fresh = await meta.take(count)
+                if not place:
+                    self._corrupt("Preventing invalid allocation of data cluster at offset 0")
+                taken = True
+        elif not self._external:
+            meta.check_inside(place)
+            meta.check_overlap(place, count << self._bits)
+        try:
+            data = data[: ((cluster + count) << self._bits) - offset]
+            grain = self._cluster if whole else self._grain
+            start = offset // grain * grain
+            end = -(-(offset + len(data)) // grain) * grain
+            first_place = place + (start - (cluster << self._bits))
+            await self._write_around(first_place, start, end, offset, data, fresh)
+            piece = await meta.writable_slice(cluster)
+        except BaseException:
+            if taken:
+                meta.free(place, count << self._bits)
+            raise
+        self._link(meta, piece, index, count, place, start, end)
+        if meta.much_freed:
+            await meta.commit()
+        return len(data)
+
+    def _classify(
+        self, meta: Metadata, piece: L2Slice, index: int, wanted: int
+    ) -> tuple[int, int | None, bool]:
+        """How the clusters of an allocating write are to be had.
+
+        :returns: how many of them in the same way; their place if they have one of their own; and whether
+            what is in them has to be kept as a whole (else as a subcluster).
+        """
+        words = piece.words
+        step = meta.entry_words
+        place = self._reusable(words, index)
+        if place is not None:
+            count = 1
+            while count < wanted and step == 1:
+                entry = words[index + count]
+                if not entry & ZERO or self._reusable(words, index + count) != place + (count << self._bits):
+                    break
+                count += 1
+            return count, place, False
+        whole = step == 1 or bool(words[index * step] & (OFFSET | mapping.COMPRESSED))
+        count = 1
+        while count < wanted:
+            entry = words[(index + count) * step]
+            own = entry & COPIED and not entry & mapping.COMPRESSED
+            if own or (step == 2 and bool(entry & (OFFSET | mapping.COMPRESSED)) != whole):
+                break
+            count += 1
+        return count, None, whole
+
+    async def _write_around(
+        self, place: int, start: int, end: int, offset: int, data: memoryview, fresh: bool
+    ) -> None:
+        """Write `data` of `offset` to a new place, and around it what was at `start` to `end` before.
+
+        :param fresh: the new place reads as zeroes.
+        """
+        head = await self._surroundings(start, offset)
+        tail = await self._surroundings(offset + len(data), end)
+        if head is None and tail is None and fresh:
+            await self._write_data(place + (offset - start), data)
+            return
+        before, after = offset - start, end - offset - len(data)
+        apart = False
+        if head is None and (fresh or before > _MERGED_ZEROES):
+            apart = not fresh
+            head, skipped = b"", before
+        else:
+            skipped = 0
+        if tail is None and (fresh or after > _MERGED_ZEROES):
+            apart = apart or not fresh
+            tail, cut = b"", after
+        else:
+            cut = 0
+        if apart and skipped:
+            await self._write_zeroes(place, skipped)
+        if apart and cut:
+            await self._write_zeroes(place + (end - start) - cut, cut)
+        parts = (
+            bytes(before) if head is None else head,
+            data,
+            bytes(after) if tail is None else tail,
+        )
+        await self._write_data(
+            place + skipped, data if not parts[0] and not parts[2] else memoryview(b"".join(parts))
+        )
+
+    async def _surroundings(self, start: int, end: int) -> Data | None:
+        """What a guest finds from `start` up to `end`; None if that is zeroes (or nothing)."""
+        length = end - start
+        if not length:
+            return b""
+        run = await self._look_up(start, length)
+        if run.length == length:
+            if run.kind in ZERO_KINDS:
+                return None
+            if run.kind in BACKING_KINDS:
+                backing = self.backing
+                if backing is None or start >= backing.size:
+                    return None
+        return await self._read(start, length)
+
+    async def _write_data(self, place: int, data: Data) -> None:
+        await self._data.pwrite(place, data, grow=True)
+
+    async def _write_zeroes(self, place: int, length: int, *, unmap: bool = False) -> None:
+        data = self._data
+        inside = max(0, min(length, data.size - place))
+        if inside:
+            await data.pwrite_zeroes(place, inside, unmap=unmap)
+        if inside < length and not data.grows_with_zeroes:
+            await data.pwrite(place + inside, bytes(length - inside), grow=True)
+
+    def _link(
+        self, meta: Metadata, piece: L2Slice, index: int, count: int, place: int, start: int, end: int
+    ) -> None:
+        """Let the entries of `count` clusters point at their place, for the bytes from `start` to `end`."""
+        words = piece.words
+        for number in range(count):
+            position = (index + number) * meta.entry_words
+            new_place = place + (number << self._bits)
+            old = words[position]
+            if meta.entry_words == 2:
+                base = (start >> self._bits) + number << self._bits
+                first = max(start - base, 0) // self._grain
+                last = min(end - base, self._cluster) // self._grain
+                touched = mapping.subcluster_mask(first, last)
+                bitmap = (words[position + 1] | touched) & ~(touched << SUBCLUSTERS)
+                words[position + 1] = touched if old & mapping.COMPRESSED else bitmap
+            words[position] = new_place | COPIED
+            if old & mapping.COMPRESSED or old & OFFSET != new_place:
+                self._free_entry(meta, old)
+        piece.mark(index * meta.entry_words, (index + count) * meta.entry_words)
+
+    def _free_entry(self, meta: Metadata, entry: int, *, discard: bool = False) -> None:
+        """Give up the place that an entry had."""
+        if entry & mapping.COMPRESSED:
+            place = mapping.compressed_place(entry, self._bits)
+            meta.free(place.offset, place.length, discard=discard)
+        elif entry & OFFSET and not self._external:
+            if entry & OFFSET & self._mask:
+                try:
+                    self._corrupt(f"Cannot free unaligned cluster {shown(entry & OFFSET)}", fatal=False)
+                except OSError:
+                    return  # The request itself is none the worse for it.
+            meta.free(entry & OFFSET, self._cluster, discard=discard)
+
+    # -- zeroes and discards
+
+    async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        meta = self._alive()
+        if self._header.version < 3 and (self.backing is not None or not unmap):
+            raise NotSupported
+        epoch = meta.epoch
+        epoch.requests += 1
+        try:
+            grain = self._grain if self._header.version >= 3 else self._cluster
+            start = min(offset + -offset % grain, offset + length)
+            at_end = offset + length == self._size
+            # The disk's last cluster may be cut off by its end.
+            end = offset + length if at_end else max((offset + length) // grain * grain, start)
+            for first, last in ((offset, start), (end, offset + length)):
+                if first < last and await self._surroundings(first, last) is not None:
+                    await self._pwrite(first, memoryview(bytes(last - first)))
+            if self._external and self._header.raw_external_data and start < end:
+                await self._write_zeroes(start, end - start, unmap=unmap)
+            while start < end:
+                start = await self._zero_some(meta, start, end, unmap)
+        finally:
+            epoch.requests -= 1
+
+    async def _zero_some(self, meta: Metadata, start: int, end: int, unmap: bool) -> int:
+        """Make clusters read as zeroes, as far as one slice goes; returns where the next ones begin."""
+        cluster = start >> self._bits
+        slice_end = (cluster // meta.slice_entries + 1) * meta.slice_entries << self._bits
+        end = min(end, slice_end)
+        async with self._changing(cluster, -(-end // self._cluster)):
+            piece = await meta.writable_slice(cluster)
+            while start < end:
+                base = start & ~self._mask
+                stop = min(end, base + self._cluster)
+                whole = start == base and (stop == base + self._cluster or stop == self._size)
+                index = (start >> self._bits) % meta.slice_entries
+                position = index * meta.entry_words
+                entry = piece.words[position]
+                if whole:
+                    self._zero_cluster(meta, piece, position, unmap)
+                elif entry & mapping.COMPRESSED:
+                    # Part of a compressed cluster: the rest of it needs a place of its own.
+                    await self._allocate_and_write(meta, piece, start, memoryview(bytes(stop - start)))
+                    piece = await meta.writable_slice(cluster)
+                else:
+                    last = -(-(stop - base) // self._grain)
+                    touched = mapping.subcluster_mask((start - base) // self._grain, last)
+                    bitmap = piece.words[position + 1]
+                    piece.words[position + 1] = bitmap & ~touched | touched << SUBCLUSTERS
+                    piece.mark(position, position + 2)
+                start = stop
+        if meta.much_freed:
+            await meta.commit()
+        return start
+
+    def _zero_cluster(self, meta: Metadata, piece: L2Slice, position: int, unmap: bool) -> None:
+        entry = piece.words[position]
+        compressed = bool(entry & mapping.COMPRESSED)
+        keep = not compressed and (not unmap or self._keeps_places)
+        flags = 0 if meta.entry_words == 2 or self._header.version < 3 else ZERO
+        new = (entry if keep else 0) | flags
+        if meta.entry_words == 2:
+            piece.words[position + 1] = mapping.ALL_SUBCLUSTERS << SUBCLUSTERS
+        elif new == entry:
+            return
+        piece.words[position] = new
+        piece.mark(position, position + meta.entry_words)
+        if not keep:
+            self._free_entry(meta, entry, discard=self._passes_request)
+
+    @property
+    def _keeps_places(self) -> bool:
+        return self._settings is not None and self._settings.discard_no_unref
+
+    @property
+    def _passes_request(self) -> bool:
+        return self._settings is not None and self._settings.pass_request
+
+    async def _pdiscard(self, offset: int, length: int) -> None:
+        meta = self._alive()
+        if self._header.version < 3 and self.backing is not None:
+            # What was hidden would come to light again.
+            raise NotSupported
+        start = offset + -offset % self._cluster
+        end = offset + length
+        if end != self._size:
+            end = end // self._cluster * self._cluster
+        epoch = meta.epoch
+        epoch.requests += 1
+        try:
+            if self._external and start < end:
+                if self._header.raw_external_data:
+                    await self._write_zeroes(start, end - start, unmap=True)
+                elif self._passes_request and start < self._data.size:
+                    await self._data.pdiscard(start, min(end, self._data.size) - start)
+            while start < end:
+                cluster = start >> self._bits
+                until = (cluster // meta.slice_entries + 1) * meta.slice_entries
+                async with self._changing(cluster, min(until, -(-end // self._cluster))):
+                    start = await self._discard_some(meta, start, end, full=False)
+        finally:
+            epoch.requests -= 1
+
+    async def _discard_some(self, meta: Metadata, start: int, end: int, *, full: bool) -> int:
+        """Give clusters up, as far as one slice goes; returns where the next ones begin.
+
+        :param full: what is behind the disk's end does not even have to read as zeroes.
+        """
+        cluster = start >> self._bits
+        slice_end = (cluster // meta.slice_entries + 1) * meta.slice_entries << self._bits
+        end = min(end, slice_end)
+        hidden = self.backing is not None
+        if await meta.slice_for(cluster) is None and (full or not hidden):
+            return end
+        piece = await meta.writable_slice(cluster)
+        index = cluster % meta.slice_entries
+        count = -(-(end - start) // self._cluster)
+        for position in range(index * meta.entry_words, (index + count) * meta.entry_words, meta.entry_words):
+            self._discard_cluster(meta, piece, position, hidden=hidden, full=full)
+        if meta.much_freed:
+            await meta.commit()
+        return end
+
+    def _discard_cluster(
+        self, meta: Metadata, piece: L2Slice, position: int, *, hidden: bool, full: bool
+    ) -> None:
+        words = piece.words
+        entry = words[position]
+        bitmap = words[position + 1] if meta.entry_words == 2 else 0
+        extended = meta.entry_words == 2
+        compressed = bool(entry & mapping.COMPRESSED)
+        keep = not full and self._keeps_places and not compressed
+        new, new_bitmap = entry, bitmap
+        if full:
+            new = new_bitmap = 0
+        elif hidden or compressed or mapping.is_placed(entry, self._external) or entry & OFFSET:
+            new = entry if keep else 0
+            if extended:
+                new_bitmap = mapping.ALL_SUBCLUSTERS << SUBCLUSTERS
+            elif self._header.version >= 3:
+                new |= ZERO
+        if (new, new_bitmap) == (entry, bitmap):
+            return
+        words[position] = new
+        if extended:
+            words[position + 1] = new_bitmap
+        piece.mark(position, position + meta.entry_words)
+        if not keep:
+            self._free_entry(meta, entry, discard=self._passes_request)
+
+    # -- flushing
+
+    async def _flush(self) -> None:
+        meta = self._alive()
+        if not self.read_only:
+            await meta.commit()
+        await self._flush_both()
+
+    async def _flush_both(self) -> None:
+        if self._external:
+            await self._data.flush()
+        await self.file.flush()
+
+    # -- another size
+
+    async def _truncate(self, size: int, preallocation: str) -> None:
+        meta = self._alive()
+        if size % SECTOR:
+            raise Error("The new size must be a multiple of 512")
+        if preallocation != "off":
+            if size < self._size:
+                raise Error("Preallocation can't be used for shrinking an image")
+            raise Error(f"Unsupported preallocation mode: {preallocation}")
+        if self._snapshots and self._header.version < 3:
+            raise Error("Can't resize a v2 image which has snapshots")
+        old = self._size
+        try:
+            # As long as this holds all clusters, nobody else writes.
+            async with self._changing(0, 1 << 62):
+                if size < old:
+                    self._size = size
+                    await self._cut(meta, size, old)
+                elif size > old:
+                    await self._grow(meta, size)
+                await self._write_size(size)
+                self._size = self._header.size = size
+        except OSError as error:
+            self._size = old
+            raise Error(f"Failed to resize the image: {error.strerror}") from None
+        # What is new reads as zeroes, whatever the image behind has there, or the last cluster had.
+        hidden = 0 if self.backing is None else self.backing.size
+        end = min(size, max(hidden, -(-old // self._cluster) * self._cluster))
+        if old < end:
+            await self.pwrite_zeroes(old, end - old)
+
+    async def _write_size(self, size: int) -> None:
+        if self._external and self._header.raw_external_data:
+            await self._data.truncate(size)
+        await self.file.pwrite(SIZE_POSITION, size.to_bytes(8, "big"))
+        await self._flush_both()
+
+    async def _cut(self, meta: Metadata, size: int, old: int) -> None:
+        """Give up what is behind the new end, tables included."""
+        start = -(-size // self._cluster) * self._cluster
+        while start < old:
+            start = await self._discard_some(meta, start, old, full=True)
+        await meta.commit()
+        for index in range(self._header.l1_entries_for(size), len(meta.l1.words)):
+            entry = meta.l1.words[index]
+            if entry & OFFSET:
+                meta.l1.set(index, 0)
+                meta.free(entry & OFFSET, self._cluster, table=True)
+        await meta.commit()
+        meta.map_all()
+
+    async def _grow(self, meta: Metadata, size: int) -> None:
+        """Move the L1 table to where there is room for more entries, if there have to be more."""
+        needed = self._header.l1_entries_for(size)
+        have = len(meta.l1.words)
+        if needed <= have:
+            return
+        if needed * 8 > MAX_L1_BYTES:
+            raise errno_error(errno.EFBIG)
+        clusters = -(-needed * 8 // self._cluster)
+        async with meta.allocating:
+            place = await meta.take_in_one_piece(clusters)
+        words = meta.l1.words + array("Q", bytes((needed - have) * 8))
+        # What is known in memory only is in neither table yet.
+        await meta.commit(refcounts_too=True)
+        await self.file.pwrite(
+            place, mapping.build_table(words).ljust(clusters << self._bits, b"\0"), grow=True
+        )
+        await self.file.flush()
+        fields = needed.to_bytes(4, "big") + place.to_bytes(8, "big")
+        await self.file.pwrite(L1_POSITION, fields)
+        await self.file.flush()
+        meta.free(self._header.l1_offset, have * 8)
+        self._header.l1_entries, self._header.l1_offset = needed, place
+        meta.l1 = WordTable(place, words)
+        meta.map_all()
+
+
+def _clusters(offset: int, length: int, cluster: int) -> range:
+    return range(offset // cluster, -(-(offset + length) // cluster))
+
+
+async def _padded(node: Node, offset: int, length: int) -> Data:
+    """Bytes of a node; what lies behind its end reads as zeroes."""
+    available = min(length, node.size - offset)
+    if available >= length:
+        return await node.pread(offset, length)
+    if available <= 0:
+        return bytes(length)
+    return bytes(await node.pread(offset, available)).ljust(length, b"\0")
