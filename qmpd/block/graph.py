@@ -19,7 +19,6 @@ import os
 import random
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from qmpd.block import backing
@@ -30,6 +29,7 @@ from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission, names, on_backing
+from qmpd.block.threads import Threads
 from qmpd.errors import Error
 
 T = TypeVar("T")
@@ -116,8 +116,8 @@ class Graph:
         self._sections: list[_Section] = []
         self._changing = asyncio.Lock()
         self._departing: set[asyncio.Task[None]] = set()
-        self._io_threads: ThreadPoolExecutor | None = None
-        self._key_threads: ThreadPoolExecutor | None = None
+        self._io_threads = Threads(IO_THREADS, "qmpd-io")
+        self._key_threads = Threads(KEY_THREADS, "qmpd-key")
 
     # -- looking
 
@@ -453,8 +453,7 @@ class Graph:
         if self.cipher_pool is not None:
             await self.cipher_pool.close()
         for threads in (self._io_threads, self._key_threads):
-            if threads is not None:
-                threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
 
     # -- draining
 
@@ -644,20 +643,11 @@ class Graph:
         A thread can't be interrupted.  If the task is cancelled, the function has nevertheless
         ended, or is never begun, when this returns: what it uses may be closed then.
         """
-        if self._io_threads is None:
-            self._io_threads = ThreadPoolExecutor(IO_THREADS, "qmpd-io")
-        work = self._io_threads.submit(function, *arguments)
-        try:
-            return await asyncio.wrap_future(work)
-        except asyncio.CancelledError:
-            await _end_of(work)
-            raise
+        return await self._io_threads.run_to_the_end(function, *arguments)
 
     async def in_key_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a key derivation or another long computation in a thread."""
-        if self._key_threads is None:
-            self._key_threads = ThreadPoolExecutor(KEY_THREADS, "qmpd-key")
-        return await asyncio.get_running_loop().run_in_executor(self._key_threads, function, *arguments)
+        return await self._key_threads.run(function, *arguments)
 
 
 def _on_child(
@@ -679,16 +669,6 @@ def check_unused_as_backing(node: Node) -> None:
     for edge in node.parents:
         if edge.name == "backing" and isinstance(edge.parent, Node):
             raise Error(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
-
-
-async def _end_of(work: Future[Any]) -> None:
-    """Return when a thread is done with `work`, whoever cancels the waiting."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    work.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
-    while not ended.is_set():
-        with contextlib.suppress(asyncio.CancelledError):
-            await ended.wait()
 
 
 def _users(nodes: Iterable[Node]) -> Iterable[Backend]:

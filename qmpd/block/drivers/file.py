@@ -9,6 +9,7 @@ cache, and only ragged ends through it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import mmap
 import os
@@ -327,7 +328,14 @@ class FileNode(Node):
         self._waiting_writes.append((writes, done))
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_waiting())
-        failures = await done
+        try:
+            failures = await asyncio.shield(done)
+        except asyncio.CancelledError:
+            # A thread can't be interrupted, and the descriptor may be closed when this returns.
+            while not done.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([done])
+            raise
         for (offset, data), failure in zip(writes, failures, strict=True):
             if failure is None and offset + len(data) > self._size:
                 self._size = offset + len(data)
