@@ -8,14 +8,12 @@ cache, and only ragged ends through it.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import errno
 import mmap
 import os
 import stat
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from qmpd.block import allocation, creation
 from qmpd.block.buffers import unset
@@ -37,12 +35,6 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 #: Preallocation in full is written in pieces of this many bytes.
 _PIECE = 1 << 20
-
-#: Writes of at most this many bytes share a thread.
-_SMALL = 32 << 10
-
-#: Offset and data of each, and who waits for what becomes of them.
-_WaitingWrites: TypeAlias = "tuple[Sequence[tuple[int, Data]], asyncio.Future[list[OSError | None]]]"
 
 
 def open_regular(filename: str, flags: int) -> int:
@@ -117,8 +109,6 @@ class FileNode(Node):
         self._writable = False
         self._locks: ImageLocks | None = None
         self._size = 0
-        self._waiting_writes: list[_WaitingWrites] = []
-        self._writer: asyncio.Task[None] | None = None
         self._discards_done = 0
         self._discards_failed = 0
         self._discarded_bytes = 0
@@ -313,52 +303,20 @@ class FileNode(Node):
         return served
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
-        if len(data) > _SMALL:
-            await self.graph.in_io_thread(self._write, data, offset)
-            self._size = max(self._size, offset + len(data))
-            return
-        for failure in await self._pwrite_many([(offset, data)]):
-            if failure is not None:
-                raise failure
+        await self.graph.in_io_thread(self._write, data, offset)
+        self._size = max(self._size, offset + len(data))
 
     async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
-        # Handing something to a thread costs more than a small write does: all that come in
-        # one turn of the loop, or while a thread is busy with others, go there together.
-        done: asyncio.Future[list[OSError | None]] = asyncio.get_running_loop().create_future()
-        self._waiting_writes.append((writes, done))
-        if self._writer is None:
-            self._writer = asyncio.create_task(self._write_waiting())
-        try:
-            failures = await asyncio.shield(done)
-        except asyncio.CancelledError:
-            # A thread can't be interrupted, and the descriptor may be closed when this returns.
-            while not done.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([done])
-            raise
+        # Handing something to a thread costs more than a small write does.
+        failures = await self.graph.in_io_thread(self._write_all, writes)
         for (offset, data), failure in zip(writes, failures, strict=True):
             if failure is None and offset + len(data) > self._size:
                 self._size = offset + len(data)
         return failures
 
-    async def _write_waiting(self) -> None:
-        while self._waiting_writes:
-            groups, self._waiting_writes = self._waiting_writes, []
-            try:
-                outcomes = await self.graph.in_io_thread(self._write_all, [writes for writes, _ in groups])
-            except BaseException as error:
-                for _, done in groups:
-                    if not done.done():
-                        done.set_exception(error)
-                continue
-            for (_, done), failures in zip(groups, outcomes, strict=True):
-                if not done.done():  # Else nobody waits for it any more.
-                    done.set_result(failures)
-        self._writer = None
-
-    def _write_all(self, groups: Iterable[Sequence[tuple[int, Data]]]) -> list[list[OSError | None]]:
+    def _write_all(self, writes: Iterable[tuple[int, Data]]) -> list[OSError | None]:
         """What became of each write; one that fails does not concern the others."""
-        return [[self._outcome(offset, data) for offset, data in writes] for writes in groups]
+        return [self._outcome(offset, data) for offset, data in writes]
 
     def _outcome(self, offset: int, data: Data) -> OSError | None:
         try:

@@ -26,9 +26,9 @@ import asyncio
 import logging
 import os
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from time import perf_counter, perf_counter_ns
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from qmpd.block.buffers import unset
 from qmpd.block.node import BlockStatus, Data
@@ -102,7 +102,9 @@ class Connection(asyncio.BufferedProtocol):
         #: The socket's number where it may be written to past the transport, else -1.
         self._descriptor = -1
         self._export: NBDExport | None = None
+        #: The tasks of what is being served, and how many requests (or batches of them) that are.
         self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way = 0
         #: Small reads, or small writes, that are to be begun together.
         self._batch: list[Request] = []
         self._batch_size = 0
@@ -290,7 +292,7 @@ class Connection(asyncio.BufferedProtocol):
                     self._ending = True
                     break
                 self._begin(request)
-                if len(self._batch) + len(self._tasks) >= MAX_REQUESTS:
+                if len(self._batch) + self._under_way >= MAX_REQUESTS:
                     self._serve_batch()
                 if self._output_size > _OUTPUT_HIGH:
                     self._flush()
@@ -311,7 +313,7 @@ class Connection(asyncio.BufferedProtocol):
         return (
             not self._ending
             and not self._writing_paused
-            and len(self._tasks) < MAX_REQUESTS
+            and self._under_way < MAX_REQUESTS
             and (self._share.held < LEAST or self._share.room > 0)
         )
 
@@ -357,7 +359,7 @@ class Connection(asyncio.BufferedProtocol):
             self._batch_size += length
             return
         self._serve_batch()
-        eager.begin(self._serve(request), self._keep)
+        self._start(self._serve(request))
 
     def _goes_with_others(self, request: Request) -> bool:
         """Whether this is a small read or write, of a kind that is served together with its like."""
@@ -385,7 +387,7 @@ class Connection(asyncio.BufferedProtocol):
         self._batch = []
         size, self._batch_size = self._batch_size, 0
         if batch[0].command == wire.CMD_WRITE:
-            eager.begin(self._write_batch(batch, size), self._keep)
+            self._start(self._write_batch(batch, size))
             return
         data = unset(size)
         served = self._used.backend.read_cached([(request.offset, request.length) for request in batch], data)
@@ -396,7 +398,7 @@ class Connection(asyncio.BufferedProtocol):
             if done:
                 self._put(header(request, request.offset, request.length), data[start:end])
             else:
-                eager.begin(self._serve(request), self._keep)
+                self._start(self._serve(request))
             start = end
 
     async def _write_batch(self, batch: list[Request], size: int) -> None:
@@ -438,11 +440,25 @@ class Connection(asyncio.BufferedProtocol):
             self._long = None
         if long.failure is None:
             long.under_way += 1
-            eager.begin(self._serve_piece(long, request), self._keep)
+            self._start(self._serve_piece(long, request))
             return
         self._share.give(request.length)
         if long.done:
             self._put(self._dialect.error(long.request, *long.failure))
+
+    def _start(self, serving: Coroutine[Any, Any, None]) -> None:
+        """Serve something as far as it gets without waiting, and the rest in a task."""
+        self._under_way += 1
+        eager.begin(self._serve_and_tell(serving), self._keep)
+
+    async def _serve_and_tell(self, serving: Coroutine[Any, Any, None]) -> None:
+        try:
+            await serving
+        finally:
+            self._under_way -= 1
+            # Several requests are often done at once; their replies go out together.
+            if not self._in_turn:
+                self._schedule()
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
@@ -452,8 +468,8 @@ class Connection(asyncio.BufferedProtocol):
         self._tasks.discard(task)
         if self._transport is None and not self._tasks and self._export is not None:
             self._export.connections.discard(self)
-        # Several requests are often done at once; their replies go out together.
-        self._schedule()
+        if self._ending:
+            self._schedule()
 
     async def _serve(self, request: Request) -> None:
         """Serve a request and answer it, come what may."""
