@@ -308,6 +308,8 @@ class Connection(asyncio.BufferedProtocol):
             self._in_turn = False
         self._flush()
         self._adjust()
+        if not self._under_way:
+            self._server.expect_requests()
 
     def _may_begin(self) -> bool:
         return (
