@@ -558,9 +558,19 @@ class Qcow2Node(Node):
     # -- reading
 
     async def _pread(self, offset: int, length: int) -> Data:
-        epoch = self._alive().epoch
+        meta = self._alive()
+        epoch = meta.epoch
         epoch.requests += 1
         try:
+            # Most small requests are for a cluster whose entry is in memory; this is all that they need.
+            cluster = offset >> self._bits
+            if meta.entry_words == 1 and (piece := meta.peek(cluster)) is not None:
+                index = cluster % meta.slice_entries
+                run = self._look_up_clusters(piece, index, cluster, offset & self._mask, length)
+                if run.kind is Kind.DATA and run.length == length:
+                    data = self._data
+                    if run.place + length <= data.size:
+                        return await data.pread(run.place, length)
             return await self._read(offset, length)
         finally:
             epoch.requests -= 1
@@ -656,7 +666,7 @@ class Qcow2Node(Node):
         slice_end = (cluster // meta.slice_entries + 1) * meta.slice_entries << self._bits
         length = min(len(data), slice_end - offset)
         while True:
-            piece = await meta.slice_for(cluster)
+            piece = meta.peek(cluster) or await meta.slice_for(cluster)
             if not self._allocations:
                 break
             busy = self._allocation_in(cluster, (offset + length - 1 >> self._bits) + 1)
@@ -672,6 +682,7 @@ class Qcow2Node(Node):
             run = self._own_run(piece, cluster, within, length)
             if run.length:
                 if not self._external:
+                    meta.check_inside(run.place)
                     meta.check_overlap(run.place, run.length)
                 await self._write_data(run.place, data[: run.length])
                 return run.length
@@ -743,6 +754,7 @@ class Qcow2Node(Node):
                     self._corrupt("Preventing invalid allocation of data cluster at offset 0")
                 taken = True
         elif not self._external:
+            meta.check_inside(place)
             meta.check_overlap(place, count << self._bits)
         try:
             data = data[: ((cluster + count) << self._bits) - offset]
@@ -845,11 +857,11 @@ class Qcow2Node(Node):
     async def _write_data(self, place: int, data: Data) -> None:
         await self._data.pwrite(place, data, grow=True)
 
-    async def _write_zeroes(self, place: int, length: int) -> None:
+    async def _write_zeroes(self, place: int, length: int, *, unmap: bool = False) -> None:
         data = self._data
         inside = max(0, min(length, data.size - place))
         if inside:
-            await data.pwrite_zeroes(place, inside)
+            await data.pwrite_zeroes(place, inside, unmap=unmap)
         if inside < length and not data.grows_with_zeroes:
             await data.pwrite(place + inside, bytes(length - inside), grow=True)
 
@@ -905,7 +917,7 @@ class Qcow2Node(Node):
                 if first < last and await self._surroundings(first, last) is not None:
                     await self._pwrite(first, memoryview(bytes(last - first)))
             if self._external and self._header.raw_external_data and start < end:
-                await self._data.pwrite_zeroes(start, end - start, unmap=unmap)
+                await self._write_zeroes(start, end - start, unmap=unmap)
             while start < end:
                 start = await self._zero_some(meta, start, end, unmap)
         finally:
@@ -979,8 +991,8 @@ class Qcow2Node(Node):
         try:
             if self._external and start < end:
                 if self._header.raw_external_data:
-                    await self._data.pwrite_zeroes(start, end - start, unmap=True)
-                elif self._passes_request:
+                    await self._write_zeroes(start, end - start, unmap=True)
+                elif self._passes_request and start < self._data.size:
                     await self._data.pdiscard(start, min(end, self._data.size) - start)
             while start < end:
                 cluster = start >> self._bits

@@ -5,15 +5,15 @@ one, in one turn of the event loop, and writes it in stages:
 
     1. refcount blocks, whose counts have grown        barrier, if there is a new block
     2. the refcount table                              barrier: what the next stage points at is there
-    3. L2 tables                                       barrier, if there is a new table
-    4. the L1 table                                    barrier, if clusters were given up
-    5. clusters given up may be used again
+    3. L2 tables and the L1 table                      barrier, if clusters were given up
+    4. clusters given up may be used again
 
-An L2 entry is changed in memory only when the data that it points at has been written.  So at any
+An L2 entry is changed in memory only when the data that it points at has been written, and a new L2 table
+is written, empty or as a copy, before the L1 table in memory knows it.  So at any
 moment the storage holds tables that point at valid data and are counted; what a crash can
 leave are clusters with too high a count: leaks.  A flush is a commit and a barrier.
 
-What a guest gave up is not given to another before stage 5, and not while a request that began before
+What a guest gave up is not given to another before stage 4, and not while a request that began before
 is still under way (it may have looked its cluster up already): requests belong to an `Epoch`, and
 a commit begins a new one.
 
@@ -314,6 +314,18 @@ class Metadata:
                 return found
             await self._load_once(key, self._load_slice)
 
+    def peek(self, cluster: int) -> L2Slice | None:
+        """The same if it is in memory, without a turn of anything; None says nothing."""
+        l1_index, index = divmod(cluster, self.header.l2_entries)
+        if l1_index >= len(self.l1.words):
+            return None
+        table = self.l1.words[l1_index] & mapping.OFFSET
+        key = table + index // self.slice_entries * self.settings.slice_bytes
+        found = self._slices.pop(key, None)
+        if found is not None:
+            self._slices[key] = found
+        return found
+
     async def _load_once(self, key: int, load: Callable[[int], Awaitable[None]]) -> None:
         """Load a piece of metadata, or wait until somebody else has."""
         under_way = self._loading.get(key)
@@ -343,7 +355,7 @@ class Metadata:
                     del cache[key]
                     break
             else:
-                await self.commit(refcounts_too=True)
+                await self._write_back(refcounts_too=True)
 
     async def writable_slice(self, cluster: int) -> L2Slice:
         """The slice with the entry of a guest's cluster, in an L2 table that may be changed.
@@ -371,6 +383,7 @@ class Metadata:
             return
         if old % self.cluster_bytes:
             self._corrupt(f"L2 table offset {shown(old)} unaligned (L1 index: {shown(l1_index)})")
+        self.check_inside(self.l1.offset)
         self.check_overlap(self.l1.offset + l1_index * _WORD, _WORD, ignore="active-l1")
         offset, _, fresh = await self.take(1)
         if not offset:
@@ -378,7 +391,10 @@ class Metadata:
         try:
             if old:
                 await self.file.pwrite(offset, await self.read(old, self.cluster_bytes), grow=True)
-            elif not fresh:
+            elif fresh:
+                # A table behind the end of the file would be taken for damage.
+                await self.file.pwrite(offset + self.cluster_bytes - SECTOR, bytes(SECTOR), grow=True)
+            else:
                 await self.file.pwrite(offset, bytes(self.cluster_bytes), grow=True)
         except BaseException:
             self.free(offset, self.cluster_bytes)
@@ -425,6 +441,7 @@ class Metadata:
         """
         if self.before_change is not None:
             await self.before_change()
+        await self._release()
         cluster = self._hint
         while True:
             index, within = divmod(cluster, self._block_entries)
@@ -487,8 +504,19 @@ class Metadata:
     def _check_alone(self, piece: L2Slice | RefcountBlock, section: str) -> None:
         """Refuse to write a table of `section` where there is another table as well."""
         if not piece.sound:
+            self.check_inside(piece.offset)
             self.check_overlap(piece.offset, SECTOR, ignore=section)
             piece.sound = True
+
+    def check_inside(self, offset: int) -> None:
+        """Refuse to write in place where the file has never been: a table that says so is damaged.
+
+        :raise OSError: EIO, and the image is marked as corrupt.
+        """
+        if offset >= max(self.file.size, self._used_end) + self.cluster_bytes:
+            self._corrupt(
+                f"Cluster offset {shown(offset)} is behind the end of the image file", offset=offset
+            )
 
     def check_overlap(self, offset: int, length: int, *, ignore: str | None = None) -> None:
         """Refuse to write where a table is.
@@ -518,6 +546,7 @@ class Metadata:
         offset = (index * self._block_entries + place) * self.cluster_bytes
         if not offset:
             self._corrupt("Preventing invalid allocation of refcount block at offset 0")
+        self.check_inside(self.table.offset)
         self.check_overlap(offset, self.cluster_bytes)
         await self._make_room(self._blocks, self._block_limit)
         block = self._empty_block(offset)
@@ -541,7 +570,7 @@ class Metadata:
         that count the new area, then the new table itself.
         """
         # The new table may only name blocks that are on the storage.
-        await self.commit(refcounts_too=True)
+        await self._write_back(refcounts_too=True)
         per_cluster = self.cluster_bytes // _WORD
         blocks = 1
         while True:
@@ -679,6 +708,11 @@ class Metadata:
         :param refcounts_too: the counts as well, although they are lazy.
         :raise OSError: what the storage says; what was not written will be tried again.
         """
+        await self._write_back(refcounts_too=refcounts_too)
+        await self._release()
+
+    async def _write_back(self, *, refcounts_too: bool) -> None:
+        """All of a commit but its last stage, which may have to load refcount blocks."""
         async with self._committing:
             with_counts = refcounts_too or not self.lazy
             blocks = [block for block in self._blocks.values() if block.dirty] if with_counts else []
@@ -704,10 +738,7 @@ class Metadata:
                     await self._write_all(table_writes)
                 if slice_writes or l1_writes:
                     await self.data_barrier()
-                await self._write_all(slice_writes)
-                if l1_writes:
-                    await self._flush_file()
-                    await self._write_all(l1_writes)
+                await self._write_all(slice_writes + l1_writes)
                 if freed:
                     await self._flush_file()
             except BaseException:
@@ -724,14 +755,11 @@ class Metadata:
                     entry.writing = False
             if freed:
                 self._quarantine.append((epoch, freed))
-        if self._quarantine:
-            await self._release()
 
     async def settle(self) -> None:
         """Write everything: two commits, for giving clusters up changes counts again."""
-        while self._freed or self._quarantine:
+        for _ in range(2):
             await self.commit(refcounts_too=True)
-        await self.commit(refcounts_too=True)
 
     async def _write_all(self, writes: _Writes) -> None:
         if len(writes) == 1:

@@ -97,4 +97,4 @@ def _cache_sizes(options: Mapping[str, Any], header: Header) -> tuple[int, int]:
     l2, counts = min(l2, whole_disk), max(counts, smallest)
     if l2 > _MAX_CACHE or counts > _MAX_CACHE:
         raise Error("Could not allocate metadata caches")
-    return max(l2, header.cluster_bytes), counts
+    return l2, counts
