@@ -161,7 +161,16 @@ def test_qmp_shell_completes_command_names(
         offered: list[str] = []
         while (match := shell._completer.complete("blockdev-", len(offered))) is not None:
             offered.append(match)
-        assert sorted(offered) == ["blockdev-add", "blockdev-create", "blockdev-del"]
+        assert sorted(offered) == [
+            "blockdev-add",
+            "blockdev-create",
+            "blockdev-del",
+            "blockdev-reopen",
+            "blockdev-snapshot",
+            "blockdev-snapshot-delete-internal-sync",
+            "blockdev-snapshot-internal-sync",
+            "blockdev-snapshot-sync",
+        ]
         assert shell._completer.complete("device_a", 0) == "device_add"
     finally:
         shell.close()
