@@ -6,11 +6,16 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import peers
 import pytest
 from daemons import QMPD, STORAGE_DAEMON, RunningDaemon
 
 StartDaemon = Callable[..., RunningDaemon]
+
+# How long an example takes says more about the machine than about us.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
