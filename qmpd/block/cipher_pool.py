@@ -29,11 +29,10 @@ import socket
 import subprocess
 import sys
 import weakref
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
-from qmpd.block.cipher_process import (
+from qmpd.block.cipher_messages import (
     ADD,
     DECRYPT,
     ENCRYPT,
@@ -44,25 +43,16 @@ from qmpd.block.cipher_process import (
     SLOT,
     pack_cipher,
 )
-from qmpd.crypto.sectors import SectorCipher
+
+if TYPE_CHECKING:
+    from qmpd.crypto.sectors import SectorCipher
 
 _logger = logging.getLogger(__name__)
 
 #: Slots for each process: what is under way there, and what clients have not taken yet.
 _SLOTS: Final = 8
-#: The most processes that are worth their memory.
-_MOST: Final = 4
 #: Seconds that a process has for ending by itself.
 _PATIENCE: Final = 5.0
-
-
-def processes_for_this_machine() -> int:
-    """How many processes there is room for beside the daemon itself."""
-    return min(_MOST, len(os.sched_getaffinity(0)) - 1)
-
-
-class _Slot(np.ndarray[Any, np.dtype[np.uint8]]):
-    """Memory that can be referred to weakly, to hear of the end of its use."""
 
 
 class Lease:
@@ -137,10 +127,13 @@ class CipherPool:
             self._starting = asyncio.get_running_loop().create_task(self._start())
         if not self._free or not self._ready or length > SLOT:
             return None
+        # Who has something to cipher has imported numpy by now; not every daemon has.
+        from qmpd.block.buffers import lend
+
         number = self._free.pop()
-        array = np.frombuffer(self._memory, np.uint8, length, number * SLOT).view(_Slot)
-        weakref.finalize(array, self._free.append, number).atexit = False
-        return Lease(self, number, array.data)
+        start = number * SLOT
+        data = lend(self._memory[start : start + length], partial(self._free.append, number))
+        return Lease(self, number, data)
 
     async def run(
         self, kind: int, cipher: SectorCipher, slot: int, data: memoryview, first_sector: int

@@ -12,42 +12,15 @@ import ctypes
 import mmap
 import signal
 import socket
-import struct
 import sys
 from typing import Final
 
+from qmpd.block.cipher_messages import ADD, ENCRYPT, FORGET, NO_SLOT, REPLY, REQUEST, SLOT
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.sectors import SectorCipher
 
-#: Bytes of a slot.
-SLOT: Final = 256 << 10
-
-#: What to do, with which cipher, in which slot; the first sector in units of 512 bytes; length in bytes.
-REQUEST: Final = struct.Struct("=BIIQI")
-#: The slot that is done; NO_SLOT when the process is ready to begin.
-REPLY: Final = struct.Struct("=I")
-NO_SLOT: Final = 0xFFFFFFFF
-
-ENCRYPT: Final = 0
-DECRYPT: Final = 1
-#: Followed by what `pack_cipher` returns.
-ADD: Final = 2
-FORGET: Final = 3
-
 _LONGEST: Final = 4096
 _PR_SET_DUMPABLE: Final = 4
-
-
-def pack_cipher(cipher: SectorCipher) -> bytearray:
-    """A cipher with its key, for the caller to wipe."""
-    spec = cipher.spec
-    names = (spec.algorithm, spec.mode, spec.ivgen, spec.ivgen_hash or "")
-    numbers = (str(cipher.sector_size), str(cipher.iv_unit))
-    packed = bytearray(" ".join((*names, *numbers)).encode() + b"\n")
-    key = cipher.copy_key()
-    packed += key
-    key[:] = bytes(len(key))
-    return packed
 
 
 def unpack_cipher(packed: memoryview) -> SectorCipher:

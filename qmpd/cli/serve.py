@@ -14,8 +14,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from typing import Final
 
-from qmpd.block.cipher_pool import processes_for_this_machine
 from qmpd.cli.daemonize import Daemonization, PidFile
 from qmpd.cli.memory import keep_freed_memory
 from qmpd.cli.options import Option
@@ -23,6 +23,9 @@ from qmpd.cli.start import Start
 from qmpd.cli.systemd import Notifier, PassedSocket
 from qmpd.daemon import Daemon
 from qmpd.errors import Error
+
+#: More processes for ciphering are not worth their memory, unless somebody asks for them.
+_MOST_CIPHER_PROCESSES: Final = 4
 
 
 def serve(
@@ -56,7 +59,7 @@ def serve(
     keep_freed_memory()
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
         if cipher_processes is None:
-            cipher_processes = processes_for_this_machine()
+            cipher_processes = min(_MOST_CIPHER_PROCESSES, len(os.sched_getaffinity(0)) - 1)
         runner.run(_live(found, pid_file, cipher_processes, sockets, notifier, background))
 
 

@@ -8,10 +8,9 @@ anything but resize the node.
 from __future__ import annotations
 
 import re
-import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.block.backend import Backend
 from qmpd.block.graph import Graph
@@ -19,7 +18,11 @@ from qmpd.block.permissions import Permission
 from qmpd.errors import Error
 from qmpd.export.nbd import wire
 from qmpd.export.nbd.export import NBDExport
-from qmpd.export.nbd.server import NBDServer
+
+if TYPE_CHECKING:
+    import ssl
+
+    from qmpd.export.nbd.server import NBDServer
 
 #: Sends an event to every negotiated client.
 Emit = Callable[[str, dict[str, Any]], None]
@@ -75,7 +78,11 @@ class Exports:
         """
         if self._server is not None:
             raise Error("NBD server already running")
-        server = NBDServer(max_connections=max_connections, handshake_seconds=handshake_max_seconds)
+        # It takes a while, and not every daemon needs it.
+        server_class = await self._graph.in_io_thread(_nbd_server_class)
+        if self._server is not None:
+            raise Error("NBD server already running")
+        server = server_class(max_connections=max_connections, handshake_seconds=handshake_max_seconds)
         # Taken at once, so that of two commands at the same time one is refused.
         self._server = server
         try:
@@ -200,3 +207,9 @@ class Exports:
         """Remove all exports, and the server if there is one; its socket's file stays, as QEMU leaves it."""
         if self._server is not None:
             await self.stop_nbd_server(keep_file=True)
+
+
+def _nbd_server_class() -> type[NBDServer]:
+    from qmpd.export.nbd.server import NBDServer
+
+    return NBDServer

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from qmpd.block import cipher_process
+from qmpd.block import cipher_messages, cipher_process
 from qmpd.block.cipher_pool import CipherPool
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
@@ -206,17 +206,17 @@ def test_a_forgotten_key_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cipher_process, "unpack_cipher", remember)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    memory = memoryview(bytearray(cipher_process.SLOT))
+    memory = memoryview(bytearray(cipher_messages.SLOT))
     running = threading.Thread(target=cipher_process.serve, args=(theirs, memory))
     running.start()
     cipher = SectorCipher(SPEC, bytes(range(64)))
-    request = cipher_process.REQUEST
-    ours.send(request.pack(cipher_process.ADD, 5, 0, 0, 0) + cipher_process.pack_cipher(cipher))
-    ours.send(request.pack(cipher_process.ENCRYPT, 5, 0, 9, 512))
-    assert ours.recv(4) == cipher_process.REPLY.pack(cipher_process.NO_SLOT)
-    assert ours.recv(4) == cipher_process.REPLY.pack(0)
+    request = cipher_messages.REQUEST
+    ours.send(request.pack(cipher_messages.ADD, 5, 0, 0, 0) + cipher_messages.pack_cipher(cipher))
+    ours.send(request.pack(cipher_messages.ENCRYPT, 5, 0, 9, 512))
+    assert ours.recv(4) == cipher_messages.REPLY.pack(cipher_messages.NO_SLOT)
+    assert ours.recv(4) == cipher_messages.REPLY.pack(0)
     assert memory[:512] == cipher.encrypt(bytes(512), 9)
-    ours.send(request.pack(cipher_process.FORGET, 5, 0, 0, 0))
+    ours.send(request.pack(cipher_messages.FORGET, 5, 0, 0, 0))
     ours.close()
     running.join(10)
     assert not running.is_alive()
