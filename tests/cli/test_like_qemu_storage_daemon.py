@@ -221,6 +221,8 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> Refusals:
         return dict(zip(map(tuple, WRONG), pool.map(ask, range(len(WRONG))), strict=True))
 
 
+# The first one starts some 300 processes.
+@pytest.mark.timeout(600)
 @pytest.mark.peer("qemu-storage-daemon")
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_a_wrong_command_line_is_refused_alike(arguments: list[str], refusals: Refusals) -> None:
