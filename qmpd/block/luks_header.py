@@ -1,4 +1,4 @@
-"""Unlocking a LUKS1 header that lies on a node.
+"""Unlocking a LUKS1 header that lies on a node, and making one.
 
 It may be at a disk's beginning, on a disk of its own, or somewhere inside an image of another format; a
 :class:`HeaderArea` says where.  The passphrase is asked for at the moment of use and wiped at once, and
@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.crypto import luks1
+from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.sectors import SectorCipher
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
     from qmpd.block.node import Node
+
+#: Milliseconds for one passphrase check, if `iter-time` is not given.
+DEFAULT_ITER_TIME: Final = 2000
 
 #: The largest offset that QEMU reads at: the largest file, in whole GiB.
 _MAX_OFFSET: Final = (1 << 63) - (1 << 30)
@@ -132,6 +136,49 @@ def _unlock(
         if key is not None:
             return luks1.VolumeKey(key)
     raise refusal
+
+
+def spec_for(options: Mapping[str, Any], prefix: str = "") -> CipherSpec:
+    """The cipher that a header is to be made for.
+
+    :param options: QCryptoBlockCreateOptionsLUKS.
+    :param prefix: what the options' names begin with in messages.
+    :raise Error: if there is no such cipher, or no secret is named.
+    """
+    spec = CipherSpec.from_options(
+        options.get("cipher-alg"),
+        options.get("cipher-mode"),
+        options.get("ivgen-alg"),
+        options.get("ivgen-hash-alg"),
+    )
+    if "key-secret" not in options:
+        raise Error(f"Parameter '{prefix}key-secret' is required for cipher")
+    return spec
+
+
+async def make(
+    graph: Graph, spec: CipherSpec, options: Mapping[str, Any], *, detached: bool = False
+) -> tuple[luks1.Header, list[luks1.Write | luks1.Barrier]]:
+    """A new header, and the writes that put it at the beginning of a node.
+
+    :param options: QCryptoBlockCreateOptionsLUKS.
+    :param detached: the payload is on another node than the header.
+    :raise Error: if there is no such secret, or no such hash.
+    """
+    hash_name = options.get("hash-alg", "sha256")
+    iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
+
+    def derive() -> tuple[luks1.Header, list[luks1.Write | luks1.Barrier]]:
+        iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
+        header, key, plan = luks1.format_plan(spec, hash_name, password, *iterations, detached=detached)
+        key.wipe()
+        return header, plan
+
+    password = graph.secrets(options["key-secret"])
+    try:
+        return await graph.in_key_thread(derive)
+    finally:
+        password[:] = bytes(len(password))
 
 
 def header_info(header: luks1.Header, *, detached: bool) -> dict[str, Any]:

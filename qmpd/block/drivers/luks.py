@@ -22,14 +22,10 @@ from qmpd.block.node import SECTOR, Data, Extent, Node
 from qmpd.block.permissions import Permission
 from qmpd.block.tiled_cipher import LONG, TILE, TiledCipher
 from qmpd.crypto import luks1
-from qmpd.crypto.ciphers import CipherSpec
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
-
-#: Milliseconds for one passphrase check, if `iter-time` is not given.
-DEFAULT_ITER_TIME = 2000
 
 
 class LuksNode(Node):
@@ -172,31 +168,10 @@ async def create(graph: Graph, options: Mapping[str, Any]) -> None:
         if "header" in options:
             header_disk = await stack.enter_async_context(creation.disk_for(graph, options["header"]))
 
-        spec = CipherSpec.from_options(
-            options.get("cipher-alg"),
-            options.get("cipher-mode"),
-            options.get("ivgen-alg"),
-            options.get("ivgen-hash-alg"),
-        )
-        if "key-secret" not in options:
-            raise Error("Parameter 'key-secret' is required for cipher")
+        spec = luks_header.spec_for(options)
         if size is not None and size > creation.MAX_SIZE:
             raise Error("The requested file size is too large")
-        hash_name = options.get("hash-alg", "sha256")
-        iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
-
-        def derive() -> tuple[luks1.Header, list[luks1.Write | luks1.Barrier]]:
-            iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
-            detached = header_disk is not None
-            header, key, plan = luks1.format_plan(spec, hash_name, password, *iterations, detached=detached)
-            key.wipe()
-            return header, plan
-
-        password = graph.secrets(options["key-secret"])
-        try:
-            header, plan = await graph.in_key_thread(derive)
-        finally:
-            password[:] = bytes(len(password))
+        header, plan = await luks_header.make(graph, spec, options, detached=header_disk is not None)
         target = header_disk or payload
         assert target is not None
         if payload is not None and size is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.block import creation
@@ -23,13 +24,14 @@ from qmpd.block.drivers.qcow2.header import (
     Autoclear,
     Compatible,
     Compression,
+    Encryption,
     Extension,
     ExtensionType,
     Header,
     Incompatible,
     feature_name_table,
 )
-from qmpd.block.drivers.qcow2.layout import Barrier, Layout, Step, Write
+from qmpd.block.drivers.qcow2.layout import Barrier, CryptoHeader, Layout, Step, Write
 from qmpd.block.node import SECTOR
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
@@ -53,6 +55,9 @@ _ALONE: Final = Permission.everything() & ~PERMISSIONS
 _NEWER: Final = "compatibility level 1.1 and above (use version=v3 or greater)"
 
 _Options = Mapping[str, Any]
+
+#: How QAPI's formats of encryption are called in the header.
+_ENCRYPTIONS: Final[Mapping[str, Encryption]] = {"luks": Encryption.LUKS, "qcow": Encryption.AES}
 
 
 def _is_power_of_two(number: int) -> bool:
@@ -169,6 +174,11 @@ def new_header(options: _Options, data_file: str | None) -> Header:
         header.extensions.append(
             Extension(ExtensionType.DATA_FILE, data_file.encode(errors="surrogateescape"))
         )
+    if "encrypt" in options:
+        header.encryption = _ENCRYPTIONS[options["encrypt"]["format"]]
+    if header.encryption is Encryption.LUKS:
+        # Where it is will be seen when there is a layout.
+        header.extensions.append(Extension(ExtensionType.CRYPTO, bytes(16)))
     if header.version >= 3 and header.cluster_bytes >= _MIN_CLUSTER_FOR_NAMES:
         header.extensions.append(feature_name_table())
     _check_room(header)
@@ -218,18 +228,29 @@ async def create(graph: Graph, options: _Options) -> None:
             new_header(options, "")
             data = await stack.enter_async_context(creation.disk_for(graph, options["data-file"], _ALONE))
         header = new_header(options, None if data is None else data.node.filename)
-        if "encrypt" in options:
-            # Its LUKS header goes into clusters of its own, which `Layout` has to know.
-            raise Error("Encrypted qcow2 images are not supported yet")
         preallocation = _preallocation(options)
         if header.raw_external_data and preallocation == "off":
             # Whoever reads the data file alone finds the same as whoever reads the image.
             preallocation = "metadata"
         layout = Layout(header, preallocation)
+        if "encrypt" in options:
+            layout = Layout(header, preallocation, await _make_crypto_header(graph, options["encrypt"]))
         try:
             await _write_image(target, data, layout, preallocation)
         except OSError as error:
             raise Error(f"Could not write qcow2 header: {error.strerror}") from None
+
+
+async def _make_crypto_header(graph: Graph, options: _Options) -> CryptoHeader | None:
+    """The LUKS header for an image; None for the old method, which has none.
+
+    :param options: QCryptoBlockCreateOptions.
+    :raise Error: in QEMU's words.
+    """
+    # Only encrypted images need the ciphers.
+    encryption = await graph.in_io_thread(import_module, f"{__package__}.encryption")
+    made: CryptoHeader | None = await encryption.make_header(graph, options)
+    return made
 
 
 async def _write_image(target: Backend, data: Backend | None, layout: Layout, preallocation: str) -> None:

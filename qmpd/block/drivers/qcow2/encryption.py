@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.block import luks_header
+from qmpd.block.drivers.qcow2.layout import CryptoHeader
 from qmpd.block.luks_header import HeaderArea
 from qmpd.block.node import SECTOR, Data, Node
 from qmpd.block.tiled_cipher import TiledCipher
@@ -34,6 +35,22 @@ if TYPE_CHECKING:
 PREFIX: Final = "encrypt."
 
 _AES: Final = CipherSpec("aes-128", "cbc", "plain64")
+
+
+async def make_header(graph: Graph, options: Mapping[str, Any]) -> CryptoHeader | None:
+    """A new LUKS header; None for the AES method, which has none.
+
+    :param options: QCryptoBlockCreateOptions.
+    :raise Error: in QEMU's words.
+    """
+    if options["format"] == "qcow":
+        password = luks_header.password_for(graph, options, PREFIX)
+        password[:] = bytes(len(password))
+        return None
+    header, plan = await luks_header.make(graph, luks_header.spec_for(options, PREFIX), options)
+    # The order in which they reach the storage does not matter: the image is none before all are there.
+    pieces = [(step.offset, step.data) for step in plan if isinstance(step, luks1.Write)]
+    return CryptoHeader(header.header_length(), pieces)
 
 
 class DataCipher:

@@ -4,6 +4,7 @@
     cluster 1     the refcount table, unless it is elsewhere (see below)
     cluster 2     the first refcount block
     cluster 3     the L1 table, as many clusters as it takes
+    then          the LUKS header, if the image is to be encrypted with one
     then          the other refcount blocks, and the refcount table if it does not fit into cluster 1
                   or if data is preallocated outside of it
     then          the clusters of the data and the L2 tables, if they are preallocated
@@ -28,7 +29,7 @@ from typing import Final
 import numpy as np
 
 from qmpd.block.drivers.qcow2 import mapping, refcounts
-from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, Header
+from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, Crypto, Header
 from qmpd.errors import Error
 
 SECTOR: Final = 512
@@ -61,16 +62,31 @@ class Barrier:
 Step = Write | Zeroes | Barrier
 
 
+@dataclass(frozen=True)
+class CryptoHeader:
+    """A LUKS header that is to lie in the image.
+
+    :param length: of it and all its keyslots, in bytes.
+    :param pieces: what to write, with the offsets in it; of two in the same place the later one counts.
+    """
+
+    length: int
+    pieces: list[tuple[int, bytes]]
+
+
 class Layout:
     """The places in a new image.
 
     :param header: what the image is to be like; its tables' places are filled in.
     :param preallocation: PreallocMode; what it says of data holds for the image file only if the data is
         in it.
+    :param crypto_header: the LUKS header, if there is one.
     :raise Error: if its tables would be too large.
     """
 
-    def __init__(self, header: Header, preallocation: str = "off") -> None:
+    def __init__(
+        self, header: Header, preallocation: str = "off", crypto_header: CryptoHeader | None = None
+    ) -> None:
         self.header = header
         cluster = self._cluster = header.cluster_bytes
         placed = preallocation != "off"
@@ -83,7 +99,11 @@ class Layout:
         self._entries = -(-header.size // cluster) if placed else 0
         self._data_clusters = 0 if header.external_data else self._entries
         self._tables = -(-self._entries // header.l2_entries)
-        self._blocks_start = 3 + l1_clusters
+        self._crypto_header = crypto_header
+        self._crypto_start = self._blocks_start = 3 + l1_clusters
+        if crypto_header is not None:
+            self._blocks_start += -(-crypto_header.length // cluster)
+            header.set_crypto(Crypto(self._crypto_start * cluster, crypto_header.length))
 
         self._reserved = reserved
         self._blocks, moved = 1, reserved
@@ -136,7 +156,7 @@ class Layout:
     def length(self) -> int:
         """How long the image file has to be at least."""
         end = self._clusters * self._cluster
-        if self._clusters == self._blocks_start:
+        if self._clusters == self._crypto_start:
             return self._l1_end
         if self._data_clusters and not self._reserved:
             return self.data.start + self.data_bytes
@@ -162,6 +182,7 @@ class Layout:
         l1_start = 3 * cluster
         if self._l1_end > l1_start:
             yield Zeroes(l1_start, self._l1_end - l1_start)
+        yield from self._crypto_steps(stale)
         yield from self._refcount_steps()
         yield from self._mapping_steps()
         if cluster > SECTOR:
@@ -172,6 +193,16 @@ class Layout:
         yield Barrier()
         yield Write(0, head[:SECTOR].ljust(SECTOR, b"\0"))
         yield Barrier()
+
+    def _crypto_steps(self, stale: int) -> Iterator[Step]:
+        if self._crypto_header is None:
+            return
+        start = self._crypto_start * self._cluster
+        end = min(self._blocks_start * self._cluster, stale)
+        if end > start:
+            yield Zeroes(start, end - start)
+        for offset, data in self._crypto_header.pieces:
+            yield Write(start + offset, data)
 
     def _refcount_steps(self) -> Iterator[Step]:
         cluster = self._cluster
