@@ -11,7 +11,7 @@ graph opens them (:meth:`qmpd.block.graph.Graph.add`).
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from qmpd.errors import Error
@@ -113,3 +113,36 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
             result[first] = member
     # What came in pieces is put together a level at a time.
     return {key: _nested(value) if isinstance(value, dict) else value for key, value in result.items()}
+
+
+def validated(
+    options: dict[str, Any], validate: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Options out of an image's header, as `validate` returns them.
+
+    The "format" of a qcow2 image's encryption may be missing there, because that image says it itself;
+    afterwards it is missing still.
+    """
+    unsaid = list(_without_format(options, ()))
+    for path in unsaid:
+        _member(options, path)["format"] = "luks"
+    options = validate(options)
+    for path in unsaid:
+        del _member(options, path)["format"]
+    return options
+
+
+def _without_format(options: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The paths to the encryptions, at any depth, that lack it."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            if name != "encrypt" or options.get("driver") != "qcow2":
+                yield from _without_format(value, (*path, name))
+            elif "format" not in value:
+                yield *path, name
+
+
+def _member(options: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for name in path:
+        options = options[name]
+    return options

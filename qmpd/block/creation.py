@@ -22,12 +22,17 @@ MAX_SIZE = (1 << 63) - 512
 
 
 @asynccontextmanager
-async def disk_for(graph: Graph, reference: str | Mapping[str, Any]) -> AsyncIterator[Backend]:
+async def disk_for(
+    graph: Graph,
+    reference: str | Mapping[str, Any],
+    shared: Permission = Permission.everything(),  # noqa: B008 - an enum's member never changes
+) -> AsyncIterator[Backend]:
     """A node that is written as a whole for the time of an ``async with``.
 
     :param reference: its name, or BlockdevOptions to open it with.
+    :param shared: what others may do with it meanwhile.
     :raise Error: if it is not there, can't be opened, or somebody does not share it.
     """
     async with graph.borrow(reference) as node:
-        with Backend(graph, perm=PERMISSIONS).use(node) as backend:
+        with Backend(graph, perm=PERMISSIONS, shared=shared).use(node) as backend:
             yield backend

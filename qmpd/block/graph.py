@@ -342,7 +342,7 @@ class Graph:
         if driver is None:
             options["driver"] = "raw"
         # What is in a header comes from whoever wrote it: it is checked as if a client had sent it.
-        options = self._validate(options)
+        options = backing.validated(options, self._validate)
         if driver is None:
             options["driver"] = await self._probe(options["file"], inherited)
         return await self._open_image(options, inherited)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from qmpd.block.backing import full_name
 from qmpd.block.change import Change
 from qmpd.block.edge import Edge
-from qmpd.block.options import NodeOptions
+from qmpd.block.options import NodeOptions, flattened
 from qmpd.block.permissions import Permission
 from qmpd.block.serialising import TrackedWrites
 from qmpd.errors import Error
@@ -108,7 +108,8 @@ class Node(ABC):
     resettable_options: ClassVar[frozenset[str]] = frozenset()
     #: Whether images of this format can hold snapshots of themselves.
     supports_internal_snapshots: ClassVar[bool] = False
-    #: Options that make a difference to the data, so that they appear in a `json:` file name.
+    #: Options that make a difference to the data, so that they appear in a `json:` file name; a member of an
+    #: option is written with a dot.
     strong_options: ClassVar[tuple[str, ...]] = ()
     #: Requests must begin and end at multiples of this many bytes.
     request_alignment = 1
@@ -288,13 +289,13 @@ class Node(ABC):
         """Equal for two nodes that show the same storage in the same way."""
         if self.is_protocol:
             return self
-        strong = tuple((name, repr(self.options.get(name))) for name in self.strong_options)
+        strong = tuple((name, repr(value)) for name, value in self._strong_options.items())
         return self.driver, strong, *(edge.child.identity for edge in self.storage_children)
 
     @property
     def exact_filename(self) -> str | None:
         """A plain file name that would open this very node, if there is one."""
-        if self.backing_overridden or any(option in self.options for option in self.strong_options):
+        if self.backing_overridden or self._strong_options:
             return None
         child = self.file
         return child.exact_filename if child.is_protocol else None
@@ -312,10 +313,13 @@ class Node(ABC):
             result[edge.name] = edge.child.full_options()
         if self.backing_overridden:
             result["backing"] = None if self.backing is None else self.backing.full_options()
-        for option in self.strong_options:
-            if option in self.options:
-                result[option] = self.options[option]
-        return result
+        return result | self._strong_options
+
+    @property
+    def _strong_options(self) -> dict[str, Any]:
+        """Those of the options that make a difference, with their names as in `strong_options`."""
+        given = flattened(self.options)
+        return {name: given[name] for name in self.strong_options if name in given}
 
     @property
     def storage_children(self) -> list[Edge]:

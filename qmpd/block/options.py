@@ -6,7 +6,7 @@ defined inside its parent inherits what it does not say itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,3 +74,16 @@ class NodeOptions:
             raise Error(
                 "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
             )
+
+
+def flattened(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by names in which a dot goes before a member: ``"encrypt.format"``."""
+
+    def entries(prefix: str, members: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in members.items():
+            if isinstance(value, Mapping):
+                yield from entries(f"{prefix}{name}.", value)
+            else:
+                yield prefix + name, value
+
+    return dict(entries("", options))

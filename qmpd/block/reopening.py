@@ -8,13 +8,13 @@ naming another one than before replaces it.  All nodes of one command change tog
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, Final
 
 from qmpd.block.change import Change
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node
-from qmpd.block.options import NodeOptions
+from qmpd.block.options import NodeOptions, flattened
 from qmpd.errors import Error
 
 #: The options of all nodes, which :class:`NodeOptions` holds, and those that say which node is meant.
@@ -119,11 +119,20 @@ def _check(node: Node, options: Mapping[str, Any]) -> None:
         follows = option in node.children and isinstance(options.get(option), Mapping)
         if option in _COMMON or option in _REPLACEABLE or follows:
             continue
-        if option not in options:
-            if option not in node.resettable_options:
-                raise Error(f"Option '{option}' cannot be reset to its default value")
-        elif options[option] != node.options.get(option) and option not in node.changeable_options:
-            raise Error(f"Cannot change the option '{option}'")
+        old, new = (
+            flattened({option: given[option]}) if option in given else {} for given in (node.options, options)
+        )
+        for name in [*new, *old]:
+            if name not in new:
+                if not _is_among(name, node.resettable_options):
+                    raise Error(f"Option '{name}' cannot be reset to its default value")
+            elif (name not in old or new[name] != old[name]) and not _is_among(name, node.changeable_options):
+                raise Error(f"Cannot change the option '{name}'")
+
+
+def _is_among(name: str, options: Set[str]) -> bool:
+    """Whether an option, or what it is a member of, is one of these."""
+    return name in options or name.partition(".")[0] in options
 
 
 def _replace_children(graph: Graph, node: Node, options: Mapping[str, Any], change: Change) -> Iterator[Node]:

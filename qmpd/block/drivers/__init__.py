@@ -30,7 +30,7 @@ _CLASSES: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 #: The drivers that can make images, and the modules with their `create`.
-_CREATORS: Final[Mapping[str, str]] = {"file": "file", "luks": "luks"}
+_CREATORS: Final[Mapping[str, str]] = {"file": "file", "luks": "luks", "qcow2": "qcow2.creation"}
 
 
 class _Drivers(Mapping[str, "type[Node]"]):

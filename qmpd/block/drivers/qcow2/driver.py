@@ -9,6 +9,7 @@ and last cluster, and then change the L2 entries in memory (`metadata` says when
 of it).  Allocations that touch the same cluster wait for each other; so do other writes to it.
 
 With an external data file every cluster has the place there that it has on the disk, and none is counted.
+Where the image is encrypted (`encryption`), guests' data passes a cipher right above the file.
 
 Source: qcow2 specification.
 """
@@ -20,6 +21,7 @@ import errno
 from array import array
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from qmpd.block.change import Change
@@ -54,6 +56,7 @@ from qmpd.block.permissions import Permission
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
+    from qmpd.block.drivers.qcow2.encryption import DataCipher
     from qmpd.block.graph import Graph
 
 #: Decompressed clusters that are kept for the next small read.
@@ -93,12 +96,12 @@ class Qcow2Node(Node):
 
     driver = "qcow2"
     supports_backing = True
-    changeable_options = resettable_options = frozenset(
+    strong_options = ("encrypt.key-secret",)
+    resettable_options = frozenset(
         {
             "cache-clean-interval",
             "cache-size",
             "discard-no-unref",
-            "encrypt",
             "l2-cache-entry-size",
             "l2-cache-size",
             "lazy-refcounts",
@@ -109,6 +112,7 @@ class Qcow2Node(Node):
             "refcount-cache-size",
         }
     )
+    changeable_options = resettable_options | {"encrypt.format", "encrypt.key-secret"}
 
     def __init__(
         self, graph: Graph, name: str, options: Mapping[str, Any], node_options: NodeOptions
@@ -120,6 +124,7 @@ class Qcow2Node(Node):
         self._snapshots: list[Snapshot] = []
         self._allocations: list[_Allocation] = []
         self._inflated: dict[int, bytes] = {}
+        self._cipher: DataCipher | None = None
         #: Set when damage was found that makes every further request fail.
         self._dead = False
         self._complained = False
@@ -147,8 +152,11 @@ class Qcow2Node(Node):
         settings = self._settings = Settings.parse(
             self.options, header, unmap=self.node_options.discard == "unmap"
         )
+        _check_encryption_options(self.options.get("encrypt"), header)
+        await self._unlock(header)
         await self._open_data_file(header)
-        self._check_encryption(header)
+        if header.encryption is not Encryption.NONE and self._cipher is None:
+            await self._open_without_header(header)
         name = header.backing_name
         self.backing_filename = name.decode(errors="surrogateescape") if name else None
         self.backing_format = header.backing_format
@@ -160,6 +168,7 @@ class Qcow2Node(Node):
         self._external = header.external_data
         self._size = header.size // SECTOR * SECTOR
         meta = self._meta = Metadata(file, header, settings, self._corrupt)
+        self._map_crypto_header(meta)
         await meta.load()
         await self._load_snapshots(meta)
         if self._external:
@@ -169,28 +178,40 @@ class Qcow2Node(Node):
 
     async def _open_data_file(self, header: Header) -> None:
         reference = self.options.get("data-file")
+        if reference is None and header.external_data:
+            if header.data_file_name is None:
+                raise Error("'data-file' is required for this image")
+            reference = {"driver": "file", "filename": header.data_file_name}
+        if reference is not None:
+            await self.graph.open_child(self, "data-file", reference)
         if not header.external_data:
             if reference is not None:
                 raise Error("'data-file' can only be set for images with an external data file")
             if header.raw_external_data:
                 raise Error("data-file-raw requires a data file")
-            return
-        if reference is None:
-            if header.data_file_name is None:
-                raise Error("'data-file' is required for this image")
-            reference = {"driver": "file", "filename": header.data_file_name}
-        await self.graph.open_child(self, "data-file", reference)
 
-    def _check_encryption(self, header: Header) -> None:
-        wanted = self.options.get("encrypt")
-        if header.encryption is Encryption.NONE:
-            if wanted is not None:
-                raise Error(
-                    f"No encryption in image header, but options specified format '{wanted['format']}'"
-                )
+    async def _unlock(self, header: Header) -> None:
+        """Unlock the LUKS header, if there is one."""
+        if header.crypto is None:
             return
-        # What deciphers the data goes where `_read_data` and `_write_data` are.
-        raise Error("Encrypted qcow2 images are not supported yet")
+        encryption = await self._encryption()
+        self._cipher = await encryption.open_luks(
+            self.graph, self.file, header.crypto, self.options.get("encrypt", {})
+        )
+        self.request_alignment = SECTOR
+
+    async def _open_without_header(self, header: Header) -> None:
+        if header.encryption is not Encryption.AES:
+            raise Error(f"Missing CRYPTO header for crypt method {int(header.encryption)}")
+        encryption = await self._encryption()
+        self._cipher = encryption.open_aes(self.graph, self.options.get("encrypt", {}))
+        self.request_alignment = SECTOR
+
+    async def _encryption(self) -> type[DataCipher]:
+        """What only encrypted images need."""
+        module = await self.graph.in_io_thread(import_module, f"{__package__}.encryption")
+        found: type[DataCipher] = module.DataCipher
+        return found
 
     async def _load_snapshots(self, meta: Metadata) -> None:
         header = self._header
@@ -227,6 +248,10 @@ class Qcow2Node(Node):
         meta.map.set("inactive-l1", l1_clusters)
         meta.map.set("inactive-l2", l2_clusters - {0})
 
+    def _map_crypto_header(self, meta: Metadata) -> None:
+        if self._cipher is not None:
+            meta.header_clusters.update(self._cipher.header_clusters(self._header.cluster_bytes))
+
     async def _prepare_to_write(self, meta: Metadata, header: Header, settings: Settings) -> None:
         known = Autoclear.DATA_FILE_RAW
         if header.autoclear & ~int(known):
@@ -257,8 +282,7 @@ class Qcow2Node(Node):
         """Load the tables anew with the new settings; everything has been written back."""
         await super().reopen(options, node_options, change)
         header = self._header
-        if options.get("encrypt") is not None:
-            self._check_encryption(header)
+        _check_encryption_options(options.get("encrypt"), header)
         if not self.read_only and header.incompatible & Incompatible.CORRUPT:
             raise Error("qcow2: Image is corrupt; cannot be opened read/write")
         settings = Settings.parse(options, header, unmap=node_options.discard == "unmap")
@@ -266,6 +290,7 @@ class Qcow2Node(Node):
         change.on_failure(setattr, self, "_meta", self._meta)
         change.on_failure(setattr, self, "_settings", self._settings)
         self._meta, self._settings = meta, settings
+        self._map_crypto_header(meta)
         try:
             await meta.load()
             await self._map_snapshots(meta)
@@ -317,6 +342,13 @@ class Qcow2Node(Node):
         await meta.settle()
         if meta.lazy and self._header.incompatible & Incompatible.DIRTY:
             await self._set_incompatible(self._header.incompatible & ~Incompatible.DIRTY)
+
+    async def close(self) -> None:
+        """Wipe the key."""
+        self._inflated.clear()
+        if self._cipher is not None:
+            self._cipher.close()
+            self._cipher = None
 
     # -- damage
 
@@ -419,6 +451,8 @@ class Qcow2Node(Node):
                 if header.data_file_name is not None:
                     data["data-file"] = header.data_file_name
                 data["data-file-raw"] = header.raw_external_data
+        if self._cipher is not None:
+            data["encrypt"] = self._cipher.info()
         return {"type": "qcow2", "data": data}
 
     def child_permissions(
@@ -564,7 +598,7 @@ class Qcow2Node(Node):
         try:
             # Most small requests are for a cluster whose entry is in memory; this is all that they need.
             cluster = offset >> self._bits
-            if meta.entry_words == 1 and (piece := meta.peek(cluster)) is not None:
+            if self._cipher is None and meta.entry_words == 1 and (piece := meta.peek(cluster)) is not None:
                 index = cluster % meta.slice_entries
                 run = self._look_up_clusters(piece, index, cluster, offset & self._mask, length)
                 if run.kind is Kind.DATA and run.length == length:
@@ -592,7 +626,7 @@ class Qcow2Node(Node):
 
     async def _read_run(self, run: Run, offset: int) -> Data:
         if run.kind is Kind.DATA:
-            return await self._read_data(run.place, run.length)
+            return await self._read_data(run.place, run.length, offset)
         if run.kind is Kind.COMPRESSED:
             start = offset & self._mask
             return (await self._inflate(run.place))[start : start + run.length]
@@ -600,7 +634,10 @@ class Qcow2Node(Node):
             return await self.pread_backing(offset, run.length)
         return bytes(run.length)
 
-    async def _read_data(self, place: int, length: int) -> Data:
+    async def _read_data(self, place: int, length: int, offset: int) -> Data:
+        """The disk's data at `offset`, from its place in the file."""
+        if self._cipher is not None:
+            return await self._cipher.read(self._data, place, length, offset)
         return await _padded(self._data, place, length)
 
     async def _inflate(self, entry: int) -> memoryview:
@@ -684,7 +721,7 @@ class Qcow2Node(Node):
                 if not self._external:
                     meta.check_inside(run.place)
                     meta.check_overlap(run.place, run.length)
-                await self._write_data(run.place, data[: run.length])
+                await self._write_data(run.place, data[: run.length], offset)
                 return run.length
         end = offset + length
         async with self._changing(cluster, (end - 1 >> self._bits) + 1):
@@ -809,19 +846,21 @@ class Qcow2Node(Node):
 
         :param fresh: the new place reads as zeroes.
         """
+        plain = self._cipher is None
+        fresh = fresh and plain  # Zeroes in the file mean nothing where it is deciphered.
         head = await self._surroundings(start, offset)
         tail = await self._surroundings(offset + len(data), end)
         if head is None and tail is None and fresh:
-            await self._write_data(place + (offset - start), data)
+            await self._write_data(place + (offset - start), data, offset)
             return
         before, after = offset - start, end - offset - len(data)
         apart = False
-        if head is None and (fresh or before > _MERGED_ZEROES):
+        if head is None and (fresh or (plain and before > _MERGED_ZEROES)):
             apart = not fresh
             head, skipped = b"", before
         else:
             skipped = 0
-        if tail is None and (fresh or after > _MERGED_ZEROES):
+        if tail is None and (fresh or (plain and after > _MERGED_ZEROES)):
             apart = apart or not fresh
             tail, cut = b"", after
         else:
@@ -836,7 +875,9 @@ class Qcow2Node(Node):
             bytes(after) if tail is None else tail,
         )
         await self._write_data(
-            place + skipped, data if not parts[0] and not parts[2] else memoryview(b"".join(parts))
+            place + skipped,
+            data if not parts[0] and not parts[2] else memoryview(b"".join(parts)),
+            start + skipped,
         )
 
     async def _surroundings(self, start: int, end: int) -> Data | None:
@@ -854,7 +895,11 @@ class Qcow2Node(Node):
                     return None
         return await self._read(start, length)
 
-    async def _write_data(self, place: int, data: Data) -> None:
+    async def _write_data(self, place: int, data: Data, offset: int) -> None:
+        """Write the disk's data at `offset` to its place in the file."""
+        if self._cipher is not None:
+            await self._cipher.write(self._data, place, data, offset)
+            return
         await self._data.pwrite(place, data, grow=True)
 
     async def _write_zeroes(self, place: int, length: int, *, unmap: bool = False) -> None:
@@ -1139,6 +1184,21 @@ class Qcow2Node(Node):
         self._header.l1_entries, self._header.l1_offset = needed, place
         meta.l1 = WordTable(place, words)
         meta.map_all()
+
+
+def _check_encryption_options(wanted: Mapping[str, Any] | None, header: Header) -> None:
+    """Refuse options for another encryption than the image has.
+
+    :param wanted: BlockdevQcow2Encryption; in an image's header its "format" may be missing.
+    :raise Error: in QEMU's words.
+    """
+    if wanted is None or "format" not in wanted:
+        return
+    if header.encryption is Encryption.NONE:
+        raise Error(f"No encryption in image header, but options specified format '{wanted['format']}'")
+    found = header.encryption.name.lower()
+    if wanted["format"] != found:
+        raise Error(f"Header reported '{found}' encryption format but options specify '{wanted['format']}'")
 
 
 def _clusters(offset: int, length: int, cluster: int) -> range:

@@ -388,6 +388,10 @@ class Header:
         data = self.extension(ExtensionType.CRYPTO)
         return None if data is None else Crypto(*_CRYPTO.unpack(data))
 
+    def set_crypto(self, crypto: Crypto) -> None:
+        """Say where the LUKS header is."""
+        self.set_extension(ExtensionType.CRYPTO, _CRYPTO.pack(crypto.offset, crypto.length))
+
     @property
     def bitmaps(self) -> Bitmaps | None:
         """Where the bitmap directory is, if it is to be believed."""

@@ -234,6 +234,8 @@ class Metadata:
         self._blocks: dict[int, RefcountBlock] = {}
         self._loading: dict[int, asyncio.Future[None]] = {}
         self.map = MetadataMap(settings.overlap)
+        #: Clusters besides the first that nobody may take for the header's sake; set before `load`.
+        self.header_clusters: set[int] = set()
         #: Held by whoever takes clusters, makes tables, or moves them.
         self.allocating = asyncio.Lock()
         self._committing = asyncio.Lock()
@@ -276,7 +278,7 @@ class Metadata:
     def map_all(self) -> None:
         """Note where the tables are."""
         header, cluster = self.header, self.cluster_bytes
-        self.map.set("main-header", (0,))
+        self.map.set("main-header", {0, *self.header_clusters})
         self.map.set("active-l1", self._clusters(header.l1_offset, len(self.l1.words) * _WORD))
         self.map.set(
             "refcount-table", self._clusters(header.refcount_table_offset, len(self.table.words) * _WORD)

@@ -1,0 +1,149 @@
+"""Data that is encrypted inside the image: LUKS, and the old AES method.
+
+Guests' clusters are encrypted sector by sector (512 bytes); the tables are not, nor is a compressed
+cluster.
+
+LUKS: the header extension says where the LUKS header lies.  A sector's IV counts sectors from the
+beginning of the file that holds the data, so a cluster that moves is encrypted anew.
+
+AES: the first 16 bytes of the password, filled up with zeroes, are a key for AES-128 in CBC mode.  The
+IV counts the disk's sectors.  Nothing in the image can tell a wrong password from the right one.
+
+Source: qcow2 specification, sections "Header" (crypt_method), "Full disk encryption header pointer" and
+"Data encryption".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from qmpd.block import luks_header
+from qmpd.block.drivers.qcow2.layout import CryptoHeader
+from qmpd.block.luks_header import HeaderArea
+from qmpd.block.node import SECTOR, Data, Node
+from qmpd.block.tiled_cipher import TiledCipher
+from qmpd.crypto import luks1
+from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.sectors import SectorCipher
+
+if TYPE_CHECKING:
+    from qmpd.block.drivers.qcow2.header import Crypto
+    from qmpd.block.graph import Graph
+
+#: What the options of the encryption begin with in messages.
+PREFIX: Final = "encrypt."
+
+_AES: Final = CipherSpec("aes-128", "cbc", "plain64")
+
+
+async def make_header(graph: Graph, options: Mapping[str, Any]) -> CryptoHeader | None:
+    """A new LUKS header; None for the AES method, which has none.
+
+    :param options: QCryptoBlockCreateOptions.
+    :raise Error: in QEMU's words.
+    """
+    if options["format"] == "qcow":
+        password = luks_header.password_for(graph, options, PREFIX)
+        password[:] = bytes(len(password))
+        return None
+    header, plan = await luks_header.make(graph, luks_header.spec_for(options, PREFIX), options)
+    # The order in which they reach the storage does not matter: the image is none before all are there.
+    pieces = [(step.offset, step.data) for step in plan if isinstance(step, luks1.Write)]
+    return CryptoHeader(header.header_length(), pieces)
+
+
+class DataCipher:
+    """Between guests' data and the file that holds it; has the duty to wipe the key.
+
+    :param cipher: what encrypts; taken over.
+    :param header: the LUKS header, or None for the AES method.
+    :param extent: where in the image the LUKS header is.
+    """
+
+    def __init__(
+        self, cipher: TiledCipher, header: luks1.Header | None = None, extent: Crypto | None = None
+    ) -> None:
+        self._tiled = cipher
+        self._header = header
+        self._extent = extent
+
+    @classmethod
+    async def open_luks(
+        cls, graph: Graph, file: Node, extent: Crypto, options: Mapping[str, Any]
+    ) -> DataCipher:
+        """Unlock the LUKS header.
+
+        :param file: the node with the image.
+        :param extent: where the header is in it.
+        :param options: BlockdevQcow2Encryption.
+        :raise Error: in QEMU's words.
+        """
+        area = HeaderArea(file, extent.offset, extent.length, "Could not read encryption header")
+        header, cipher = await luks_header.unlock(graph, area, options, prefix=PREFIX)
+        return cls(TiledCipher(cipher, graph.cipher_pool), header, extent)
+
+    @classmethod
+    def open_aes(cls, graph: Graph, options: Mapping[str, Any]) -> DataCipher:
+        """Make a key of the password.
+
+        :param options: BlockdevQcow2Encryption.
+        :raise Error: if there is no password.
+        """
+        key = bytearray(_AES.key_bytes)
+        password = luks_header.password_for(graph, options, PREFIX)
+        try:
+            taken = min(len(key), len(password))
+            key[:taken] = memoryview(password)[:taken]
+            return cls(TiledCipher(SectorCipher(_AES, key), graph.cipher_pool))
+        finally:
+            key[:] = bytes(len(key))
+            password[:] = bytes(len(password))
+
+    def close(self) -> None:
+        """Wipe the key.  May be called again."""
+        self._tiled.close()
+
+    def info(self) -> dict[str, Any]:
+        """ImageInfoSpecificQCow2Encryption."""
+        if self._header is None:
+            return {"format": "aes"}
+        return {"format": "luks", **luks_header.header_info(self._header, detached=False)}
+
+    def header_clusters(self, cluster_bytes: int) -> Iterator[int]:
+        """The numbers of the clusters in which the LUKS header and the keys in use are.
+
+        The area that the image claims for the header may be larger than the file.
+        """
+        if self._header is None or self._extent is None:
+            return
+        extents = [(0, luks1.HEADER_BYTES)]
+        extents += (self._header.material_extent(n) for n, s in enumerate(self._header.slots) if s.active)
+        for offset, length in extents:
+            first = self._extent.offset + offset
+            yield from range(first // cluster_bytes, -(-(first + length) // cluster_bytes))
+
+    async def read(self, node: Node, place: int, length: int, offset: int) -> Data:
+        """Read the disk's sectors at `offset`, which are at `place` in `node`, or zeroes behind its end.
+
+        :raise OSError: what the node says.
+        """
+        sector = self._sector(place, offset)
+        available = min(length, max(0, node.size - place))
+        if available == length:
+            return await self._tiled.read(node, place, length, sector)
+        buffer = bytearray(length)
+        if available:
+            buffer[:available] = memoryview(await node.pread(place, available))
+        return self._tiled.cipher.decrypt(buffer, sector)
+
+    async def write(self, node: Node, place: int, data: Data, offset: int) -> None:
+        """Write the disk's sectors at `offset` to `place` in `node`, which grows if need be.
+
+        :raise OSError: what the node says.
+        """
+        await self._tiled.write(node, place, memoryview(data), self._sector(place, offset), grow=True)
+
+    def _sector(self, place: int, offset: int) -> int:
+        """The number that the first sector's IV is made of."""
+        return (offset if self._header is None else place) // SECTOR
