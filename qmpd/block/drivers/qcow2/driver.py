@@ -18,13 +18,14 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from qmpd.block.change import Change
 from qmpd.block.drivers.qcow2 import mapping
 from qmpd.block.drivers.qcow2.compression import decompress
+from qmpd.block.drivers.qcow2.gathering import CachedReads, Piece
 from qmpd.block.drivers.qcow2.header import (
     AUTOCLEAR_POSITION,
     FULL_BYTES,
@@ -48,7 +49,7 @@ from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, show
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.settings import Settings
 from qmpd.block.drivers.qcow2.snapshots import MAX_TABLE_BYTES, Snapshot, parse_table
-from qmpd.block.node import SECTOR, BlockStatus, Data, InternalSnapshot, Node, NotSupported, errno_error
+from qmpd.block.node import SECTOR, BlockStatus, Data, Extent, InternalSnapshot, Node, NotSupported, errno_error
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
@@ -456,12 +457,16 @@ class Qcow2Node(Node):
         cluster, within = offset >> self._bits, offset & self._mask
         piece = await meta.slice_for(cluster)
         if piece is None:
-            table_bytes = self._header.l2_entries << self._bits
-            return Run(Kind.UNALLOCATED, 0, min(length, table_bytes - offset % table_bytes))
+            return self._no_table(offset, length)
         index = cluster % meta.slice_entries
         if meta.entry_words == 2:
             return self._look_up_subclusters(piece, index, offset, length)
         return self._look_up_clusters(piece, index, cluster, within, length)
+
+    def _no_table(self, offset: int, length: int) -> Run:
+        """What is where there is no L2 table."""
+        table_bytes = self._header.l2_entries << self._bits
+        return Run(Kind.UNALLOCATED, 0, min(length, table_bytes - offset % table_bytes))
 
     def _look_up_clusters(self, piece: L2Slice, index: int, cluster: int, within: int, length: int) -> Run:
         words = piece.words
@@ -574,6 +579,117 @@ class Qcow2Node(Node):
             return await self._read(offset, length)
         finally:
             epoch.requests -= 1
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether guests' data is in the data file as it is, so that requests can be passed on as they are."""
+        return self._header.encryption is Encryption.NONE
+
+    def _read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
+        meta = self._meta
+        if meta is None or self._dead or not self._is_plain:
+            return [False] * len(requests)
+        if meta.entry_words == 1 and not self._external and not _follow(requests):
+            alike = self._all_alike(meta, requests)
+            if alike is not None:
+                node, extents = alike
+                if node is not None:
+                    return node.read_cached(extents, into)
+                into[:] = bytes(len(into))
+                return [True] * len(requests)
+        reads = CachedReads(into)
+        for offset, length in requests:
+            reads.add(length, self._pieces_in_memory(meta, offset, length))
+        return reads.read()
+
+    def _all_alike(
+        self, meta: Metadata, requests: Sequence[Extent]
+    ) -> tuple[Node | None, Sequence[Extent]] | None:
+        """The node that has all of several small reads, each of them in one cluster, and where it has them.
+
+        That is what most batches are, so it is found out in the shortest way.
+
+        :returns: None as the node if they are zeroes; None if they are of different kinds, or of another.
+        """
+        bits, mask, entries = self._bits, self._mask, meta.slice_entries
+        zero, other = ZERO if self._header.version >= 3 else 0, mapping.COMPRESSED | ZERO | mask & OFFSET
+        limit, holes = self._data.size, 0
+        extents: list[Extent] = []
+        words: array[int] | None = None
+        known = -1
+        for offset, length in requests:
+            cluster, within = offset >> bits, offset & mask
+            if within + length > mask + 1:
+                return None
+            number = cluster // entries
+            if number != known:
+                known = number
+                piece = meta.peek(cluster)
+                if piece is None and not meta.has_no_table(cluster):
+                    return None
+                words = None if piece is None else piece.words
+            entry = 0 if words is None else words[cluster % entries]
+            place = entry & OFFSET
+            if not entry & other and place:
+                if place + within + length > limit:
+                    return None
+                extents.append((place + within, length))
+            elif not entry:
+                holes += 1
+            elif entry != zero:
+                return None
+        if not holes:
+            return (None if not extents else self._data, extents) if len(extents) in (0, len(requests)) else None
+        if holes < len(requests):
+            return None
+        backing = self.backing
+        if backing is None:
+            return None, requests
+        return (backing, requests) if max(requests)[0] + mask + 1 <= backing.size else None
+
+    def _pieces_in_memory(self, meta: Metadata, offset: int, length: int) -> list[Piece] | None:
+        """What a read consists of, as far as the tables in memory say so; None if more has to be done."""
+        pieces: list[Piece] = []
+        data, backing = self._data, self.backing
+        end = offset + length
+        while offset < end:
+            run = self._run_in_memory(meta, offset, end - offset)
+            if run is None:
+                return None
+            if run.kind is Kind.DATA:
+                if run.place + run.length > data.size:
+                    return None
+                pieces.append((data, run.place, run.length))
+            elif run.kind in ZERO_KINDS or backing is None:
+                pieces.append((None, 0, run.length))
+            else:
+                there = max(0, min(run.length, backing.size - offset))
+                if there:
+                    pieces.append((backing, offset, there))
+                if there < run.length:
+                    pieces.append((None, 0, run.length - there))
+            offset += run.length
+        return pieces
+
+    def _run_in_memory(self, meta: Metadata, offset: int, length: int) -> Run | None:
+        """The first run of bytes from `offset` on; None if it can't be told yet, or something is wrong."""
+        cluster = offset >> self._bits
+        piece = meta.peek(cluster)
+        if piece is None:
+            return self._no_table(offset, length) if meta.has_no_table(cluster) else None
+        index = cluster % meta.slice_entries
+        entry = piece.words[index * meta.entry_words]
+        place = entry & OFFSET
+        if entry & mapping.COMPRESSED or place & self._mask or (entry & ZERO and self._header.version < 3):
+            return None
+        if self._external and place and place != cluster << self._bits:
+            return None
+        if meta.entry_words == 1:
+            return self._look_up_clusters(piece, index, cluster, offset & self._mask, length)
+        number = (offset & self._mask) // self._grain
+        if mapping.subcluster_kind(entry, piece.words[2 * index + 1], number, self._external) is Kind.INVALID:
+            return None
+        return self._look_up_subclusters(piece, index, offset, length)
 
     async def _read(self, offset: int, length: int) -> Data:
         """What the guest finds there; the disk's last cluster is full of zeroes behind its end."""
@@ -1143,6 +1259,11 @@ class Qcow2Node(Node):
 
 def _clusters(offset: int, length: int, cluster: int) -> range:
     return range(offset // cluster, -(-(offset + length) // cluster))
+
+
+def _follow(requests: Sequence[Extent]) -> bool:
+    """Whether the first two of several requests are one behind the other, as when a disk is read through."""
+    return len(requests) > 1 and requests[0][0] + requests[0][1] == requests[1][0]
 
 
 async def _padded(node: Node, offset: int, length: int) -> Data:

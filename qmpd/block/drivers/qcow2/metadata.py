@@ -326,6 +326,11 @@ class Metadata:
             self._slices[key] = found
         return found
 
+    def has_no_table(self, cluster: int) -> bool:
+        """Whether there is no L2 table for a guest's cluster."""
+        index = cluster // self.header.l2_entries
+        return index >= len(self.l1.words) or not self.l1.words[index] & mapping.OFFSET
+
     async def _load_once(self, key: int, load: Callable[[int], Awaitable[None]]) -> None:
         """Load a piece of metadata, or wait until somebody else has."""
         under_way = self._loading.get(key)
