@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from qmpd.block.change import Change
 from qmpd.block.drivers.qcow2 import mapping
 from qmpd.block.drivers.qcow2.compression import decompress
-from qmpd.block.drivers.qcow2.gathering import CachedReads, Piece
+from qmpd.block.drivers.qcow2.gathering import CachedReads, JoinedWrite, Piece
 from qmpd.block.drivers.qcow2.header import (
     AUTOCLEAR_POSITION,
     FULL_BYTES,
@@ -49,7 +49,17 @@ from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, show
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.settings import Settings
 from qmpd.block.drivers.qcow2.snapshots import MAX_TABLE_BYTES, Snapshot, parse_table
-from qmpd.block.node import SECTOR, BlockStatus, Data, Extent, InternalSnapshot, Node, NotSupported, errno_error
+from qmpd.block.node import (
+    SECTOR,
+    BlockStatus,
+    Data,
+    Extent,
+    InternalSnapshot,
+    Node,
+    NotSupported,
+    errno_error,
+    outcome_of,
+)
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
@@ -463,6 +473,17 @@ class Qcow2Node(Node):
             return self._look_up_subclusters(piece, index, offset, length)
         return self._look_up_clusters(piece, index, cluster, within, length)
 
+    async def _look_up_joined(self, offset: int, length: int) -> Run:
+        """The same, also across pieces of the tables: those of small clusters are short."""
+        run = await self._look_up(offset, length)
+        while run.length < length and run.kind is not Kind.COMPRESSED:
+            more = await self._look_up(offset + run.length, length - run.length)
+            apart = run.kind is Kind.DATA and more.place != run.place + run.length
+            if more.kind is not run.kind or apart:
+                break
+            run = Run(run.kind, run.place, run.length + more.length)
+        return run
+
     def _no_table(self, offset: int, length: int) -> Run:
         """What is where there is no L2 table."""
         table_bytes = self._header.l2_entries << self._bits
@@ -482,29 +503,19 @@ class Qcow2Node(Node):
             return Run(kind, entry, min(found, length))
         if kind is Kind.DATA:
             self._check_place("Cluster allocation", place, cluster, piece, index)
-            step = self._cluster
-        else:
-            if kind in ZERO_KINDS:
-                if self._header.version < 3:
-                    self._complain("Zero cluster entry found in pre-v3 image", piece, index)
-                if place:
-                    self._check_place("Preallocated zero cluster", place, cluster, piece, index)
-            step = 0
+        elif kind in ZERO_KINDS:
+            if self._header.version < 3:
+                self._complain("Zero cluster entry found in pre-v3 image", piece, index)
+            if place:
+                self._check_place("Preallocated zero cluster", place, cluster, piece, index)
         if found < length:
-            next_place = place
-            kept = ~COPIED if not self._external else ~0
-            flags = entry & kept & ~OFFSET
-            for position in range(index + 1, len(words)):
-                next_place += step
-                other = words[position] & kept
-                if step:
-                    if other != flags | next_place:
-                        break
-                elif mapping.kind_of(other, self._external) is not kind:
-                    break
-                found += self._cluster
-                if found >= length:
-                    break
+            limit = min(len(words) - index, -(-(within + length) // self._cluster))
+            if kind is Kind.DATA:
+                kept = mapping.WORD if self._external else mapping.WORD ^ COPIED
+                count = mapping.ascending_run(words, index, limit, self._cluster, kept)
+            else:
+                count = mapping.kind_run(words, index, limit, self._external)
+            found = (count << self._bits) - within
         return Run(kind, place + within, min(found, length))
 
     def _look_up_subclusters(self, piece: L2Slice, index: int, offset: int, length: int) -> Run:
@@ -582,7 +593,7 @@ class Qcow2Node(Node):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether guests' data is in the data file as it is, so that requests can be passed on as they are."""
+        """Whether guests' data is in the data file as it is, so that requests can be passed on."""
         return self._header.encryption is Encryption.NONE
 
     def _read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
@@ -639,7 +650,9 @@ class Qcow2Node(Node):
             elif entry != zero:
                 return None
         if not holes:
-            return (None if not extents else self._data, extents) if len(extents) in (0, len(requests)) else None
+            return (
+                (None if not extents else self._data, extents) if len(extents) in (0, len(requests)) else None
+            )
         if holes < len(requests):
             return None
         backing = self.backing
@@ -693,7 +706,7 @@ class Qcow2Node(Node):
 
     async def _read(self, offset: int, length: int) -> Data:
         """What the guest finds there; the disk's last cluster is full of zeroes behind its end."""
-        run = await self._look_up(offset, length)
+        run = await self._look_up_joined(offset, length)
         if run.length == length:
             return await self._read_run(run, offset)
         buffer = memoryview(bytearray(length))
@@ -704,7 +717,7 @@ class Qcow2Node(Node):
             done += run.length
             if done == length:
                 return buffer
-            run = await self._look_up(offset + done, length - done)
+            run = await self._look_up_joined(offset + done, length - done)
 
     async def _read_run(self, run: Run, offset: int) -> Data:
         if run.kind is Kind.DATA:
@@ -755,6 +768,76 @@ class Qcow2Node(Node):
                 done += await self._write_some(offset + done, data[done:])
         finally:
             epoch.requests -= 1
+
+    async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
+        meta = self._meta
+        if meta is None or self._dead or not self._is_plain:
+            return await super()._pwrite_many(writes)
+        epoch = meta.epoch
+        epoch.requests += 1
+        try:
+            in_place: list[tuple[int, Data]] = []
+            numbers: list[int] = []
+            others: list[JoinedWrite] = []
+            for number, (offset, data) in enumerate(writes):
+                place = self._place_of_its_own(meta, offset, len(data))
+                if place is not None:
+                    in_place.append((place, data))
+                    numbers.append(number)
+                elif not others or not others[-1].add(offset, data, number):
+                    others.append(JoinedWrite(offset, data, number))
+            if not others:
+                return await self._data.pwrite_many(in_place, grow=True)
+            return await self._write_mixed(len(writes), in_place, numbers, others)
+        finally:
+            epoch.requests -= 1
+
+    async def _write_mixed(
+        self, count: int, in_place: list[tuple[int, Data]], numbers: list[int], others: list[JoinedWrite]
+    ) -> list[OSError | None]:
+        """Write what has a place, and at the same time what has not; returns the outcome of each by number."""
+        outcomes: list[OSError | None] = [None] * count
+        tasks = [
+            asyncio.ensure_future(outcome_of(self._pwrite(each.offset, memoryview(each.data).cast("B"))))
+            for each in others
+        ]
+        if in_place:
+            written = await self._data.pwrite_many(in_place, grow=True)
+            for number, outcome in zip(numbers, written, strict=True):
+                outcomes[number] = outcome
+        for each, outcome in zip(others, await asyncio.gather(*tasks), strict=True):
+            for number in each.numbers:
+                outcomes[number] = outcome
+        return outcomes
+
+    def _place_of_its_own(self, meta: Metadata, offset: int, length: int) -> int | None:
+        """Where all of a write can go without a change of any table; None if that is not known."""
+        cluster, within = offset >> self._bits, offset & self._mask
+        last = offset + length - 1 >> self._bits
+        piece = meta.peek(cluster)
+        if piece is None or (self._allocations and self._allocation_in(cluster, last + 1) is not None):
+            return None
+        position = cluster % meta.slice_entries * meta.entry_words
+        entry = piece.words[position]
+        place = entry & OFFSET
+        if not entry & COPIED or entry & mapping.COMPRESSED or place & self._mask:
+            return None
+        if meta.entry_words == 2:
+            if last != cluster or not self._has_subclusters(piece.words[position + 1], within, length):
+                return None
+        elif last != cluster:
+            if self._own_run(piece, cluster, within, length).length < length:
+                return None
+        elif entry & ZERO:
+            return None
+        if not self._external:
+            return place + within if place and meta.is_guests_place(place, within + length) else None
+        return place + within if place == cluster << self._bits else None
+
+    def _has_subclusters(self, bitmap: int, within: int, length: int) -> bool:
+        """Whether all subclusters are allocated that these bytes of a cluster touch."""
+        touched = mapping.subcluster_mask(within // self._grain, -(-(within + length) // self._grain))
+        return bitmap & (touched | touched << SUBCLUSTERS) == touched
 
     @asynccontextmanager
     async def _changing(self, first: int, end: int) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""Several reads at a time: their pieces by the node that has them, neighbours joined.
+"""Several requests at a time, with as few requests to the nodes below as there can be.
 
 A read is cut where the mapping changes.  What comes from one node and has to stand one behind the other in
 the buffer is asked of that node at once, and what is one behind the other there as well is one request.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qmpd.block.node import Extent, Node
+from qmpd.block.node import Data, Extent, Node
 
 #: A piece of a read: the node that has it (None: it is zeroes), its offset there, and its length in bytes.
 Piece = tuple[Node | None, int, int]
@@ -80,3 +80,32 @@ class CachedReads:
                 if not done:
                     self._served[first : last + 1] = [False] * (last + 1 - first)
         return self._served
+
+
+class JoinedWrite:
+    """Writes that follow each other on the disk, as one: they get their clusters together.
+
+    :param number: of the first write among several.
+    """
+
+    __slots__ = ("_end", "_parts", "numbers", "offset")
+
+    def __init__(self, offset: int, data: Data, number: int) -> None:
+        self.offset = offset
+        self.numbers = [number]
+        self._parts = [data]
+        self._end = offset + len(data)
+
+    def add(self, offset: int, data: Data, number: int) -> bool:
+        """One more write; returns whether it is where the others end."""
+        if offset != self._end:
+            return False
+        self.numbers.append(number)
+        self._parts.append(data)
+        self._end += len(data)
+        return True
+
+    @property
+    def data(self) -> Data:
+        """What they write."""
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)

@@ -513,6 +513,12 @@ class Metadata:
             self.check_overlap(piece.offset, SECTOR, ignore=section)
             piece.sound = True
 
+    def is_guests_place(self, offset: int, length: int) -> bool:
+        """Whether `check_inside` and `check_overlap` find nothing wrong with a write."""
+        cluster = self.cluster_bytes
+        inside = offset < max(self.file.size, self._used_end) + cluster
+        return inside and self.map.find(offset // cluster, -(-(offset + length) // cluster)) is None
+
     def check_inside(self, offset: int) -> None:
         """Refuse to write in place where the file has never been: a table that says so is damaged.
 
