@@ -795,7 +795,7 @@ class Qcow2Node(Node):
     async def _write_mixed(
         self, count: int, in_place: list[tuple[int, Data]], numbers: list[int], others: list[JoinedWrite]
     ) -> list[OSError | None]:
-        """Write what has a place, and at the same time what has not; returns the outcome of each by number."""
+        """Write what has a place, and at the same time what has none; returns the outcome of each."""
         outcomes: list[OSError | None] = [None] * count
         tasks = [
             asyncio.ensure_future(outcome_of(self._pwrite(each.offset, memoryview(each.data).cast("B"))))
@@ -959,7 +959,7 @@ class Qcow2Node(Node):
             data = data[: ((cluster + count) << self._bits) - offset]
             grain = self._cluster if whole else self._grain
             start = offset // grain * grain
-            end = -(-(offset + len(data)) // grain) * grain
+            end = self._end_of_change(piece, index, offset + len(data), grain, reused=not (taken or whole))
             first_place = place + (start - (cluster << self._bits))
             await self._write_around(first_place, start, end, offset, data, fresh)
             piece = await meta.writable_slice(cluster)
@@ -971,6 +971,22 @@ class Qcow2Node(Node):
         if meta.much_freed:
             await meta.commit()
         return len(data)
+
+    def _end_of_change(self, piece: L2Slice, index: int, end: int, grain: int, *, reused: bool) -> int:
+        """Where an allocating write up to `end` has to end on the disk.
+
+        In a cluster that keeps its place the last subcluster may be there already; then its rest stays as
+        it is, for another request may be writing it just now.
+
+        :param index: of the first cluster in `piece`; if it has subclusters and its place is `reused`, it is
+            the only one.
+        """
+        if reused and self._grain != self._cluster and end % grain:
+            number = (end & self._mask) // grain
+            words = piece.words[2 * index : 2 * index + 2]
+            if mapping.subcluster_kind(words[0], words[1], number, self._external) is Kind.DATA:
+                return end
+        return -(-end // grain) * grain
 
     def _classify(
         self, meta: Metadata, piece: L2Slice, index: int, wanted: int
