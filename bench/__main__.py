@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from bench import data_path, document, monitor
-from bench.chains import CHAINS
-from bench.nbd_servers import NBDKIT, nbdkit
+from bench.chains import CHAINS, NBDKIT
+from bench.nbd_servers import nbdkit
 from bench.servers import QMPD, STORAGE_DAEMON, Program, qmpd, storage_daemon
 from bench.table import machine
 

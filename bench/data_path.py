@@ -19,20 +19,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
-from bench.chains import CHAINS, Chain, filled
+from bench.chains import CHAINS, NBDKIT, Chain, filled
 from bench.monitor import QUERY
 from bench.nbd_clients import PATIENCE, ClientFailed, Direction, RandomLoad, fio_result, nbdcopy
-from bench.nbd_servers import NBDKIT, NbdServer, ServerFailed
-from bench.servers import STORAGE_DAEMON, Loader, Program
+from bench.nbd_servers import NbdServer, ServerFailed
+from bench.servers import Loader, Program
 from bench.table import Aim, Row, Samples
-
-#: Aims of chains that have some: the whole disk and large requests, small ones alone, small ones queued.
-LARGE: Final = (Aim(2, STORAGE_DAEMON), Aim(1, NBDKIT))
-SMALL_ALONE: Final = (Aim(0.5, STORAGE_DAEMON),)
-SMALL_QUEUED: Final = (Aim(1, STORAGE_DAEMON),)
 
 #: The aims that every chain has.
 MILLISECONDS: Final = (Aim(5),)
@@ -43,14 +39,14 @@ KIB: Final = 1024
 #: Whole-disk copies, with nbdcopy's own choice of connections and depth.
 COPIES: Final[tuple[Direction, ...]] = ("read", "write")
 
-#: Random loads, each done with every number of connections.
+#: Random loads, each done with every number of connections, and which of a chain's aims is about it.
 RANDOM: Final = tuple(
     (RandomLoad(direction, block * KIB, depth), aims)
     for block, depth, aims in (
-        (256, 8, LARGE),
-        (4, 1, SMALL_ALONE),
-        (4, 16, SMALL_QUEUED),
-        (4, 64, SMALL_QUEUED),
+        (256, 8, attrgetter("large")),
+        (4, 1, attrgetter("alone")),
+        (4, 16, attrgetter("queued")),
+        (4, 64, attrgetter("deep")),
     )
     for direction in ("read", "write")
 )
@@ -150,7 +146,7 @@ def write_source(path: Path, size: int) -> None:
 
 def _measure_chain(chain: Chain, programs: Sequence[Program], settings: Settings, source: Path) -> Measured:
     measured = Measured(chain)
-    with _servers(chain, programs, source) as servers:
+    with _servers(chain, programs, source, settings.size) as servers:
         loads = chosen_loads(chain, settings, source)
         for number in range(settings.rounds):
             measured.samples.next_round()
@@ -161,18 +157,24 @@ def _measure_chain(chain: Chain, programs: Sequence[Program], settings: Settings
 
 
 @contextmanager
-def _servers(chain: Chain, programs: Sequence[Program], source: Path) -> Iterator[list[NbdServer]]:
+def _servers(chain: Chain, programs: Sequence[Program], source: Path, size: int) -> Iterator[list[NbdServer]]:
     """Give every program its image of *chain* in the page cache; take the images away at the end."""
     with ExitStack() as stack:
         images = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{chain.name}-", dir=source.parent))
         servers: list[NbdServer] = []
         for program in programs:
+            if program.name == NBDKIT and chain.nbdkit is None:
+                continue
             image = Path(images, program.name)
             if servers:
                 shutil.copyfile(servers[0].image, image)
             else:
                 for command in chain.make:
-                    subprocess.run(filled(command, source=str(source), image=str(image)), check=True)
+                    subprocess.run(
+                        filled(command, source=str(source), image=str(image), size=str(size)), check=True
+                    )
+                if chain.fresh:
+                    shutil.copyfile(image, _unused(image))
             settle(image)
             # Not beside the image: the path of a socket has to be short.
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
@@ -180,6 +182,17 @@ def _servers(chain: Chain, programs: Sequence[Program], source: Path) -> Iterato
             stack.callback(server.stop)
             servers.append(server)
         yield servers
+
+
+def _unused(image: Path) -> Path:
+    """Return the file that has what *image* was made as: all programs begin with the same."""
+    return image.with_name("unused")
+
+
+def _renew(server: NbdServer) -> None:
+    """End *server*, and give it an image that nobody has written yet."""
+    server.stop()
+    shutil.copyfile(_unused(server.image), server.image)
 
 
 def settle(image: Path) -> None:
@@ -205,17 +218,14 @@ def chosen_loads(chain: Chain, settings: Settings, source: Path) -> list[Load]:
 
         return measure
 
-    def row(title: str, unit: str, aims: tuple[Aim, ...]) -> Row:
-        return Row(title, unit, aims if chain.has_aims else ())
-
     loads = [
-        Load(row(copy_title(direction), "MB/s", LARGE), copying(direction), direction == "write")
+        Load(Row(copy_title(direction), "MB/s", chain.aims.copies), copying(direction), direction == "write")
         for direction in COPIES
     ]
     for connections in settings.connections:
         for load, aims in RANDOM:
             unit = "IOPS" if load.block == 4 * KIB else "MB/s"
-            title = row(random_title(load, connections), unit, aims)
+            title = Row(random_title(load, connections), unit, aims(chain.aims))
             loads.append(Load(title, random_load(load, connections), load.direction == "write"))
     return [load for load in loads if _is_chosen(load.row, settings)]
 
@@ -232,6 +242,8 @@ def _round(
     for load in loads:
         figures = []
         for server in able:
+            if server.chain.fresh:
+                _renew(server)
             value = _attempt(server, measured, load.row.title, load.measure)
             if load.writes:
                 settle(server.image)
@@ -245,7 +257,8 @@ def _round(
                 _measure_monitor(server, saturating, settings, measured)
     memory = Row("resident memory at its peak in all these loads", "MB", MEGABYTES)
     for server in able:
-        if _is_chosen(memory, settings):
+        # Where every load has a server of its own, none of them knows about all.
+        if _is_chosen(memory, settings) and not server.chain.fresh:
             peak = _attempt(server, measured, memory.title, lambda server: server.peak_memory() / 1e6)
             if peak is not None:
                 measured.samples.add(memory, server.program.name, peak)

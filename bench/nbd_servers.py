@@ -10,12 +10,9 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from bench.chains import Chain, filled
+from bench.chains import NBDKIT, Chain, filled
 from bench.servers import PATIENCE, Program
-
-NBDKIT: Final = "nbdkit"
 
 
 class ServerFailed(Exception):

@@ -444,10 +444,13 @@ class Node(ABC):
             await self._pwrite(start, view)
         self.write_highest_offset = max(self.write_highest_offset, offset + length)
 
-    async def pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
+    async def pwrite_many(
+        self, writes: Sequence[tuple[int, Data]], *, grow: bool = False
+    ) -> list[OSError | None]:
         """Write several things, in no particular order: for small ones it costs less than one by one.
 
         :param writes: offset in bytes and data of each.
+        :param grow: as for `pwrite`.
         :returns: what became of each: None, or the error that `pwrite` raises.
         """
         simple = (
@@ -455,13 +458,14 @@ class Node(ABC):
             and self.node_options.detect_zeroes == "off"
             and not self._writes.any_serialising
         )
-        size, alignment = self.size, self.request_alignment
+        size = MAX_SIZE if grow and self.can_grow else self.size
+        alignment = self.request_alignment
         ranges = [(offset, offset + len(data)) for offset, data in writes]
         for start, end in ranges:
             if end > size or start % alignment or end % alignment or start == end:
                 simple = False
         if not simple:
-            return [await _outcome(self.pwrite(offset, data)) for offset, data in writes]
+            return [await outcome_of(self.pwrite(offset, data, grow=grow)) for offset, data in writes]
         with self._writes.hold(ranges):
             outcomes = await self._pwrite_many(writes)
         for (_, end), failure in zip(ranges, outcomes, strict=True):
@@ -602,7 +606,7 @@ class Node(ABC):
 
     async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
         """Write; the requests are inside the disk, aligned and not empty."""
-        return [await _outcome(self._pwrite(offset, memoryview(data).cast("B"))) for offset, data in writes]
+        return [await outcome_of(self._pwrite(offset, memoryview(data).cast("B"))) for offset, data in writes]
 
     async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         raise NotSupported
@@ -621,7 +625,7 @@ class Node(ABC):
         raise Error("Image format driver does not support resize")
 
 
-async def _outcome(request: Awaitable[None]) -> OSError | None:
+async def outcome_of(request: Awaitable[None]) -> OSError | None:
     """What became of a request."""
     try:
         await request

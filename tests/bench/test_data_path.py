@@ -71,13 +71,13 @@ def test_the_monitor_is_measured_during_loads_of_the_table() -> None:
     assert all(random_title(load, 1) in titles for load in SATURATING)
 
 
-def test_the_aims_for_throughput_are_about_the_encrypted_disk() -> None:
+def test_the_aims_for_throughput_are_about_all_formats_but_the_plain_one() -> None:
     with_aims = {
         chain.name
         for chain in CHAINS
         if any(load.row.aims for load in chosen_loads(chain, Settings(), Path("source")))
     }
-    assert with_aims == {"luks"}
+    assert with_aims == {chain.name for chain in CHAINS} - {"raw"}
 
 
 def test_a_chain_is_served_by_each_program_in_its_own_words(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_every_program_serves_every_chain_to_every_kind_of_load(tmp_path: Path) 
     assert "What failed" not in ended.stdout, ended.stdout
     tables = re.split(r"^### ", ended.stdout, flags=re.MULTILINE)[1:]
     assert [table.splitlines()[0] for table in tables] == [chain.title for chain in CHAINS]
-    for table in tables:
+    for chain, table in zip(CHAINS, tables, strict=True):
         rows = {
             cells[1]: cells[2:7]
             for line in table.splitlines()
@@ -148,9 +148,10 @@ def test_every_program_serves_every_chain_to_every_kind_of_load(tmp_path: Path) 
             "nbdcopy, read whole disk (MB/s)",
             "nbdcopy, write whole disk (MB/s)",
             "256 KiB random read, depth 8, 4 connections (MB/s)",
-            "resident memory at its peak in all these loads (MB)",
+            *(["resident memory at its peak in all these loads (MB)"] if not chain.fresh else []),
         ):
-            assert all(rows[title]), f"{title}: {rows[title]}"
+            figures = rows[title] if chain.nbdkit is not None else rows[title][:3:2]
+            assert all(figures), f"{title}: {rows[title]}"
         latencies = [
             cells for title, cells in rows.items() if title.startswith("`query-version` during 256 KiB")
         ]

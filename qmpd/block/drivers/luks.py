@@ -134,7 +134,7 @@ class LuksNode(Node):
         for offset, data in writes:
             encrypted.append((self._payload_offset + offset, rest[: len(data)]))
             rest = rest[len(data) :]
-        return await self.file.pwrite_many(encrypted)
+        return await self.file.pwrite_many(encrypted, grow=self.can_grow)
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
         await self._active_cipher.write(

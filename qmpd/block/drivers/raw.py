@@ -89,7 +89,8 @@ class RawNode(Node):
         return self.file.read_cached([(self._offset + offset, length) for offset, length in requests], into)
 
     async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
-        return await self.file.pwrite_many([(self._offset + offset, data) for offset, data in writes])
+        moved = [(self._offset + offset, data) for offset, data in writes]
+        return await self.file.pwrite_many(moved, grow=self.can_grow)
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
         await self.file.pwrite(self._offset + offset, data, grow=self.can_grow)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from qmpd.block.change import Change
 from qmpd.block.drivers.qcow2 import mapping
 from qmpd.block.drivers.qcow2.compression import decompress
+from qmpd.block.drivers.qcow2.gathering import CachedReads, JoinedWrite, Piece
 from qmpd.block.drivers.qcow2.header import (
     AUTOCLEAR_POSITION,
     FULL_BYTES,
@@ -50,7 +51,17 @@ from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, show
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.settings import Settings
 from qmpd.block.drivers.qcow2.snapshots import MAX_TABLE_BYTES, Snapshot, parse_table
-from qmpd.block.node import SECTOR, BlockStatus, Data, InternalSnapshot, Node, NotSupported, errno_error
+from qmpd.block.node import (
+    SECTOR,
+    BlockStatus,
+    Data,
+    Extent,
+    InternalSnapshot,
+    Node,
+    NotSupported,
+    errno_error,
+    outcome_of,
+)
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
 from qmpd.errors import Error
@@ -490,12 +501,27 @@ class Qcow2Node(Node):
         cluster, within = offset >> self._bits, offset & self._mask
         piece = await meta.slice_for(cluster)
         if piece is None:
-            table_bytes = self._header.l2_entries << self._bits
-            return Run(Kind.UNALLOCATED, 0, min(length, table_bytes - offset % table_bytes))
+            return self._no_table(offset, length)
         index = cluster % meta.slice_entries
         if meta.entry_words == 2:
             return self._look_up_subclusters(piece, index, offset, length)
         return self._look_up_clusters(piece, index, cluster, within, length)
+
+    async def _look_up_joined(self, offset: int, length: int) -> Run:
+        """The same, also across pieces of the tables: those of small clusters are short."""
+        run = await self._look_up(offset, length)
+        while run.length < length and run.kind is not Kind.COMPRESSED:
+            more = await self._look_up(offset + run.length, length - run.length)
+            apart = run.kind is Kind.DATA and more.place != run.place + run.length
+            if more.kind is not run.kind or apart:
+                break
+            run = Run(run.kind, run.place, run.length + more.length)
+        return run
+
+    def _no_table(self, offset: int, length: int) -> Run:
+        """What is where there is no L2 table."""
+        table_bytes = self._header.l2_entries << self._bits
+        return Run(Kind.UNALLOCATED, 0, min(length, table_bytes - offset % table_bytes))
 
     def _look_up_clusters(self, piece: L2Slice, index: int, cluster: int, within: int, length: int) -> Run:
         words = piece.words
@@ -511,29 +537,19 @@ class Qcow2Node(Node):
             return Run(kind, entry, min(found, length))
         if kind is Kind.DATA:
             self._check_place("Cluster allocation", place, cluster, piece, index)
-            step = self._cluster
-        else:
-            if kind in ZERO_KINDS:
-                if self._header.version < 3:
-                    self._complain("Zero cluster entry found in pre-v3 image", piece, index)
-                if place:
-                    self._check_place("Preallocated zero cluster", place, cluster, piece, index)
-            step = 0
+        elif kind in ZERO_KINDS:
+            if self._header.version < 3:
+                self._complain("Zero cluster entry found in pre-v3 image", piece, index)
+            if place:
+                self._check_place("Preallocated zero cluster", place, cluster, piece, index)
         if found < length:
-            next_place = place
-            kept = ~COPIED if not self._external else ~0
-            flags = entry & kept & ~OFFSET
-            for position in range(index + 1, len(words)):
-                next_place += step
-                other = words[position] & kept
-                if step:
-                    if other != flags | next_place:
-                        break
-                elif mapping.kind_of(other, self._external) is not kind:
-                    break
-                found += self._cluster
-                if found >= length:
-                    break
+            limit = min(len(words) - index, -(-(within + length) // self._cluster))
+            if kind is Kind.DATA:
+                kept = mapping.WORD if self._external else mapping.WORD ^ COPIED
+                count = mapping.ascending_run(words, index, limit, self._cluster, kept)
+            else:
+                count = mapping.kind_run(words, index, limit, self._external)
+            found = (count << self._bits) - within
         return Run(kind, place + within, min(found, length))
 
     def _look_up_subclusters(self, piece: L2Slice, index: int, offset: int, length: int) -> Run:
@@ -609,9 +625,122 @@ class Qcow2Node(Node):
         finally:
             epoch.requests -= 1
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether guests' data is in the data file as it is, so that requests can be passed on."""
+        return self._header.encryption is Encryption.NONE
+
+    def _read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
+        meta = self._meta
+        if meta is None or self._dead or not self._is_plain:
+            return [False] * len(requests)
+        if meta.entry_words == 1 and not self._external and not _follow(requests):
+            alike = self._all_alike(meta, requests)
+            if alike is not None:
+                node, extents = alike
+                if node is not None:
+                    return node.read_cached(extents, into)
+                into[:] = bytes(len(into))
+                return [True] * len(requests)
+        reads = CachedReads(into)
+        for offset, length in requests:
+            reads.add(length, self._pieces_in_memory(meta, offset, length))
+        return reads.read()
+
+    def _all_alike(
+        self, meta: Metadata, requests: Sequence[Extent]
+    ) -> tuple[Node | None, Sequence[Extent]] | None:
+        """The node that has all of several small reads, each of them in one cluster, and where it has them.
+
+        That is what most batches are, so it is found out in the shortest way.
+
+        :returns: None as the node if they are zeroes; None if they are of different kinds, or of another.
+        """
+        bits, mask, entries = self._bits, self._mask, meta.slice_entries
+        zero, other = ZERO if self._header.version >= 3 else 0, mapping.COMPRESSED | ZERO | mask & OFFSET
+        limit, holes = self._data.size, 0
+        extents: list[Extent] = []
+        words: array[int] | None = None
+        known = -1
+        for offset, length in requests:
+            cluster, within = offset >> bits, offset & mask
+            if within + length > mask + 1:
+                return None
+            number = cluster // entries
+            if number != known:
+                known = number
+                piece = meta.peek(cluster)
+                if piece is None and not meta.has_no_table(cluster):
+                    return None
+                words = None if piece is None else piece.words
+            entry = 0 if words is None else words[cluster % entries]
+            place = entry & OFFSET
+            if not entry & other and place:
+                if place + within + length > limit:
+                    return None
+                extents.append((place + within, length))
+            elif not entry:
+                holes += 1
+            elif entry != zero:
+                return None
+        if not holes:
+            return (
+                (None if not extents else self._data, extents) if len(extents) in (0, len(requests)) else None
+            )
+        if holes < len(requests):
+            return None
+        backing = self.backing
+        if backing is None:
+            return None, requests
+        return (backing, requests) if max(requests)[0] + mask + 1 <= backing.size else None
+
+    def _pieces_in_memory(self, meta: Metadata, offset: int, length: int) -> list[Piece] | None:
+        """What a read consists of, as far as the tables in memory say so; None if more has to be done."""
+        pieces: list[Piece] = []
+        data, backing = self._data, self.backing
+        end = offset + length
+        while offset < end:
+            run = self._run_in_memory(meta, offset, end - offset)
+            if run is None:
+                return None
+            if run.kind is Kind.DATA:
+                if run.place + run.length > data.size:
+                    return None
+                pieces.append((data, run.place, run.length))
+            elif run.kind in ZERO_KINDS or backing is None:
+                pieces.append((None, 0, run.length))
+            else:
+                there = max(0, min(run.length, backing.size - offset))
+                if there:
+                    pieces.append((backing, offset, there))
+                if there < run.length:
+                    pieces.append((None, 0, run.length - there))
+            offset += run.length
+        return pieces
+
+    def _run_in_memory(self, meta: Metadata, offset: int, length: int) -> Run | None:
+        """The first run of bytes from `offset` on; None if it can't be told yet, or something is wrong."""
+        cluster = offset >> self._bits
+        piece = meta.peek(cluster)
+        if piece is None:
+            return self._no_table(offset, length) if meta.has_no_table(cluster) else None
+        index = cluster % meta.slice_entries
+        entry = piece.words[index * meta.entry_words]
+        place = entry & OFFSET
+        if entry & mapping.COMPRESSED or place & self._mask or (entry & ZERO and self._header.version < 3):
+            return None
+        if self._external and place and place != cluster << self._bits:
+            return None
+        if meta.entry_words == 1:
+            return self._look_up_clusters(piece, index, cluster, offset & self._mask, length)
+        number = (offset & self._mask) // self._grain
+        if mapping.subcluster_kind(entry, piece.words[2 * index + 1], number, self._external) is Kind.INVALID:
+            return None
+        return self._look_up_subclusters(piece, index, offset, length)
+
     async def _read(self, offset: int, length: int) -> Data:
         """What the guest finds there; the disk's last cluster is full of zeroes behind its end."""
-        run = await self._look_up(offset, length)
+        run = await self._look_up_joined(offset, length)
         if run.length == length:
             return await self._read_run(run, offset)
         buffer = memoryview(bytearray(length))
@@ -622,7 +751,7 @@ class Qcow2Node(Node):
             done += run.length
             if done == length:
                 return buffer
-            run = await self._look_up(offset + done, length - done)
+            run = await self._look_up_joined(offset + done, length - done)
 
     async def _read_run(self, run: Run, offset: int) -> Data:
         if run.kind is Kind.DATA:
@@ -676,6 +805,76 @@ class Qcow2Node(Node):
                 done += await self._write_some(offset + done, data[done:])
         finally:
             epoch.requests -= 1
+
+    async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
+        meta = self._meta
+        if meta is None or self._dead or not self._is_plain:
+            return await super()._pwrite_many(writes)
+        epoch = meta.epoch
+        epoch.requests += 1
+        try:
+            in_place: list[tuple[int, Data]] = []
+            numbers: list[int] = []
+            others: list[JoinedWrite] = []
+            for number, (offset, data) in enumerate(writes):
+                place = self._place_of_its_own(meta, offset, len(data))
+                if place is not None:
+                    in_place.append((place, data))
+                    numbers.append(number)
+                elif not others or not others[-1].add(offset, data, number):
+                    others.append(JoinedWrite(offset, data, number))
+            if not others:
+                return await self._data.pwrite_many(in_place, grow=True)
+            return await self._write_mixed(len(writes), in_place, numbers, others)
+        finally:
+            epoch.requests -= 1
+
+    async def _write_mixed(
+        self, count: int, in_place: list[tuple[int, Data]], numbers: list[int], others: list[JoinedWrite]
+    ) -> list[OSError | None]:
+        """Write what has a place, and at the same time what has none; returns the outcome of each."""
+        outcomes: list[OSError | None] = [None] * count
+        tasks = [
+            asyncio.ensure_future(outcome_of(self._pwrite(each.offset, memoryview(each.data).cast("B"))))
+            for each in others
+        ]
+        if in_place:
+            written = await self._data.pwrite_many(in_place, grow=True)
+            for number, outcome in zip(numbers, written, strict=True):
+                outcomes[number] = outcome
+        for each, outcome in zip(others, await asyncio.gather(*tasks), strict=True):
+            for number in each.numbers:
+                outcomes[number] = outcome
+        return outcomes
+
+    def _place_of_its_own(self, meta: Metadata, offset: int, length: int) -> int | None:
+        """Where all of a write can go without a change of any table; None if that is not known."""
+        cluster, within = offset >> self._bits, offset & self._mask
+        last = offset + length - 1 >> self._bits
+        piece = meta.peek(cluster)
+        if piece is None or (self._allocations and self._allocation_in(cluster, last + 1) is not None):
+            return None
+        position = cluster % meta.slice_entries * meta.entry_words
+        entry = piece.words[position]
+        place = entry & OFFSET
+        if not entry & COPIED or entry & mapping.COMPRESSED or place & self._mask:
+            return None
+        if meta.entry_words == 2:
+            if last != cluster or not self._has_subclusters(piece.words[position + 1], within, length):
+                return None
+        elif last != cluster:
+            if self._own_run(piece, cluster, within, length).length < length:
+                return None
+        elif entry & ZERO:
+            return None
+        if not self._external:
+            return place + within if place and meta.is_guests_place(place, within + length) else None
+        return place + within if place == cluster << self._bits else None
+
+    def _has_subclusters(self, bitmap: int, within: int, length: int) -> bool:
+        """Whether all subclusters are allocated that these bytes of a cluster touch."""
+        touched = mapping.subcluster_mask(within // self._grain, -(-(within + length) // self._grain))
+        return bitmap & (touched | touched << SUBCLUSTERS) == touched
 
     @asynccontextmanager
     async def _changing(self, first: int, end: int) -> AsyncIterator[None]:
@@ -797,7 +996,7 @@ class Qcow2Node(Node):
             data = data[: ((cluster + count) << self._bits) - offset]
             grain = self._cluster if whole else self._grain
             start = offset // grain * grain
-            end = -(-(offset + len(data)) // grain) * grain
+            end = self._end_of_change(piece, index, offset + len(data), grain, reused=not (taken or whole))
             first_place = place + (start - (cluster << self._bits))
             await self._write_around(first_place, start, end, offset, data, fresh)
             piece = await meta.writable_slice(cluster)
@@ -809,6 +1008,22 @@ class Qcow2Node(Node):
         if meta.much_freed:
             await meta.commit()
         return len(data)
+
+    def _end_of_change(self, piece: L2Slice, index: int, end: int, grain: int, *, reused: bool) -> int:
+        """Where an allocating write up to `end` has to end on the disk.
+
+        In a cluster that keeps its place the last subcluster may be there already; then its rest stays as
+        it is, for another request may be writing it just now.
+
+        :param index: of the first cluster in `piece`; if it has subclusters and its place is `reused`, it is
+            the only one.
+        """
+        if reused and self._grain != self._cluster and end % grain:
+            number = (end & self._mask) // grain
+            words = piece.words[2 * index : 2 * index + 2]
+            if mapping.subcluster_kind(words[0], words[1], number, self._external) is Kind.DATA:
+                return end
+        return -(-end // grain) * grain
 
     def _classify(
         self, meta: Metadata, piece: L2Slice, index: int, wanted: int
@@ -1203,6 +1418,11 @@ def _check_encryption_options(wanted: Mapping[str, Any] | None, header: Header) 
 
 def _clusters(offset: int, length: int, cluster: int) -> range:
     return range(offset // cluster, -(-(offset + length) // cluster))
+
+
+def _follow(requests: Sequence[Extent]) -> bool:
+    """Whether the first two of several requests are one behind the other, as when a disk is read through."""
+    return len(requests) > 1 and requests[0][0] + requests[0][1] == requests[1][0]
 
 
 async def _padded(node: Node, offset: int, length: int) -> Data:

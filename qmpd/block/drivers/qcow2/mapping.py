@@ -17,6 +17,9 @@ import sys
 from array import array
 from typing import Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qmpd.block.drivers.qcow2.header import SUBCLUSTERS
 
 #: The bits of an L1 or L2 entry that hold an offset in the file.
@@ -36,6 +39,12 @@ ALL_SUBCLUSTERS: Final = (1 << SUBCLUSTERS) - 1
 
 #: Compressed data is counted in sectors of this many bytes.
 SECTOR: Final = 512
+
+#: All bits of an entry.
+WORD: Final = (1 << 64) - 1
+
+#: So many entries are compared one by one before numpy is asked: most runs that a request needs are shorter.
+_FEW: Final = 16
 
 _LITTLE: Final = sys.byteorder == "little"
 
@@ -113,6 +122,44 @@ def subcluster_kind(entry: int, bitmap: int, index: int, external: bool = False)
     if zero:
         return Kind.ZERO_PLACED if placed else Kind.ZERO
     return Kind.UNALLOCATED_PLACED if placed else Kind.UNALLOCATED
+
+
+def ascending_run(words: array[int], index: int, limit: int, step: int, kept: int) -> int:
+    """How many entries from `index` on are the same but for an offset that grows by `step`.
+
+    :param limit: so many at most; there are so many.
+    :param kept: the bits that are compared.
+    """
+    expected = words[index] & kept
+    for count in range(1, min(limit, _FEW)):
+        expected += step
+        if words[index + count] & kept != expected:
+            return count
+    if limit <= _FEW:
+        return limit
+    found = np.frombuffer(words, np.uint64, limit, index * words.itemsize) & np.uint64(kept)
+    wanted = np.arange(limit, dtype=np.uint64) * np.uint64(step) + found[0]
+    return _length(found == wanted)
+
+
+def kind_run(words: array[int], index: int, limit: int, external: bool = False) -> int:
+    """How many standard entries from `index` on, at most `limit`, are of the same kind; `limit` are there."""
+    kind = kind_of(words[index], external)
+    for count in range(1, min(limit, _FEW)):
+        if kind_of(words[index + count], external) is not kind:
+            return count
+    if limit <= _FEW:
+        return limit
+    found = np.frombuffer(words, np.uint64, limit, index * words.itemsize)
+    placed = np.uint64(OFFSET | COPIED if external and not words[index] & ZERO else OFFSET)
+    same_flags = (found ^ found[0]) & np.uint64(COMPRESSED | ZERO) == 0
+    return _length(same_flags & (((found & placed) != 0) == bool(found[0] & placed)))
+
+
+def _length(alike: NDArray[np.bool_]) -> int:
+    """How many values at the beginning are true."""
+    first = int(alike.argmin())
+    return len(alike) if alike[first] else first
 
 
 def compressed_place(entry: int, cluster_bits: int) -> CompressedPlace:

@@ -328,6 +328,11 @@ class Metadata:
             self._slices[key] = found
         return found
 
+    def has_no_table(self, cluster: int) -> bool:
+        """Whether there is no L2 table for a guest's cluster."""
+        index = cluster // self.header.l2_entries
+        return index >= len(self.l1.words) or not self.l1.words[index] & mapping.OFFSET
+
     async def _load_once(self, key: int, load: Callable[[int], Awaitable[None]]) -> None:
         """Load a piece of metadata, or wait until somebody else has."""
         under_way = self._loading.get(key)
@@ -509,6 +514,12 @@ class Metadata:
             self.check_inside(piece.offset)
             self.check_overlap(piece.offset, SECTOR, ignore=section)
             piece.sound = True
+
+    def is_guests_place(self, offset: int, length: int) -> bool:
+        """Whether `check_inside` and `check_overlap` find nothing wrong with a write."""
+        cluster = self.cluster_bytes
+        inside = offset < max(self.file.size, self._used_end) + cluster
+        return inside and self.map.find(offset // cluster, -(-(offset + length) // cluster)) is None
 
     def check_inside(self, offset: int) -> None:
         """Refuse to write in place where the file has never been: a table that says so is damaged.

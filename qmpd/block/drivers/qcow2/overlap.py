@@ -64,6 +64,8 @@ class MetadataMap:
     def __init__(self, checked: frozenset[str]) -> None:
         self._checked = checked
         self._clusters: dict[str, array[int]] = {}
+        #: Those of all sections, so that most clusters are looked for once.
+        self._all = array("Q")
 
     def wants(self, section: str) -> bool:
         """Whether this section is looked for."""
@@ -76,18 +78,23 @@ class MetadataMap:
                 clusters = np.fromiter(clusters, np.uint64)
             unique = np.unique(clusters)
             self._clusters[section] = array("Q", unique.tobytes())
+            every = [np.frombuffer(known, np.uint64) for known in self._clusters.values()]
+            self._all = array("Q", np.unique(np.concatenate(every)).tobytes())
 
     def add(self, section: str, cluster: int) -> None:
         """One more cluster of this section."""
         if section in self._checked:
-            known = self._clusters.setdefault(section, array("Q"))
-            if not known or cluster > known[-1]:
-                known.append(cluster)
-            else:
-                insort(known, cluster)
+            for known in (self._clusters.setdefault(section, array("Q")), self._all):
+                if not known or cluster > known[-1]:
+                    known.append(cluster)
+                else:
+                    insort(known, cluster)
 
     def find(self, first: int, end: int, *, ignore: str | None = None) -> str | None:
         """The section of a table between the clusters `first` and `end`, or None."""
+        position = bisect_left(self._all, first)
+        if position == len(self._all) or self._all[position] >= end:
+            return None
         for section, clusters in self._clusters.items():
             position = bisect_left(clusters, first)
             if position < len(clusters) and clusters[position] < end and section != ignore:
