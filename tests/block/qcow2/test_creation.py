@@ -242,7 +242,7 @@ async def test_options_that_do_not_go_together_touch_nothing(graph: Graph, tmp_p
         {"size": 1 << 62},
         {"size": 512, "data-file": file},
         {"size": 512, "data-file": a_file(tmp_path / "missing")},
-        {"size": 512, "encrypt": {"format": "luks", "key-secret": "pw"}},
+        {"size": 512, "encrypt": {"format": "luks", "key-secret": "missing"}},
     )
     for options in refused:
         with pytest.raises(Error):
