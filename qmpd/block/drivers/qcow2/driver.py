@@ -1160,7 +1160,7 @@ class Qcow2Node(Node):
         # What is known in memory only is in neither table yet.
         await meta.commit(refcounts_too=True)
         await self.file.pwrite(
-            place, mapping.build_table(words).ljust(clusters << self._bits, b"\0"), grow=True
+            place, mapping.build_table(words).ljust(-(-needed * 8 // SECTOR) * SECTOR, b"\0"), grow=True
         )
         await self.file.flush()
         fields = needed.to_bytes(4, "big") + place.to_bytes(8, "big")
