@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from qcow2_images import attach, detach, run
 
+from qmpd.block.drivers.qcow2 import creation
 from qmpd.block.drivers.qcow2.metadata import Metadata
 from qmpd.block.graph import Graph
 from qmpd.block.node import errno_error
@@ -207,3 +209,101 @@ async def test_the_key_is_wiped_when_the_node_goes_and_when_it_fails_to_open(
     assert len(passwords) == 4
     assert not any(any(cipher._key) for cipher in ciphers)
     assert not any(any(password) for password in passwords)
+
+
+async def make(graph: Graph, path: Path, **more: Any) -> None:
+    """An image with LUKS inside, made by qmpd."""
+    path.touch()
+    options = {
+        "driver": "qcow2",
+        "file": {"driver": "file", "filename": str(path)},
+        "size": 1 << 20,
+        "encrypt": {"format": "luks", "key-secret": "pw", "iter-time": 1},
+        **more,
+    }
+    await creation.create(graph, options)
+
+
+def crypto_extent(path: Path) -> tuple[int, int]:
+    """Where the header extension is in a new image, and where the LUKS header is; in bytes."""
+    data = path.read_bytes()[:4096]
+    position = data.index(bytes.fromhex("0537be77"))
+    return position, int.from_bytes(data[position + 8 : position + 16], "big")
+
+
+async def test_a_cluster_of_the_disk_on_the_luks_header_is_not_written(graph: Graph, tmp_path: Path) -> None:
+    """The entry says that the first key's material is the guest's."""
+    path = tmp_path / "d.qcow2"
+    await make(graph, path)
+    backend = await attach(graph, path, encrypt=encryption(LUKS))
+    await backend.pwrite(0, b"x" * 65536)
+    await detach(graph, backend)
+    _, header = crypto_extent(path)
+    with path.open("r+b") as image:
+        image.seek(40)
+        image.seek(int.from_bytes(image.read(8), "big"))
+        l2 = int.from_bytes(image.read(8), "big") & 0x00FFFFFFFFFFFE00
+        image.seek(l2)
+        image.write((1 << 63 | header + 65536).to_bytes(8, "big"))
+    before = path.read_bytes()[header : header + (300 << 10)]
+    backend = await attach(graph, path, encrypt=encryption(LUKS))
+    with pytest.raises(OSError, match="Input/output error"):
+        await backend.pwrite(0, b"y" * 512)
+    await detach(graph, backend)
+    assert path.read_bytes()[header : header + (300 << 10)] == before
+
+
+async def test_the_luks_headers_clusters_are_not_given_to_the_guest(graph: Graph, tmp_path: Path) -> None:
+    """Their counts say that nobody uses them."""
+    path = tmp_path / "d.qcow2"
+    await make(graph, path)
+    _, header = crypto_extent(path)
+    with path.open("r+b") as image:
+        image.seek(2 * 65536 + header // 65536 * 2)
+        image.write(bytes(2 * 2))
+    before = path.read_bytes()[header : header + (300 << 10)]
+    backend = await attach(graph, path, encrypt=encryption(LUKS))
+    with pytest.raises(OSError, match="Input/output error"):
+        await backend.pwrite(0, b"y" * 65536)
+    await detach(graph, backend)
+    assert path.read_bytes()[header : header + (300 << 10)] == before
+
+
+@pytest.mark.parametrize("length", [1 << 62, (1 << 64) - 1])
+async def test_an_absurd_length_of_the_luks_header_costs_nothing(
+    graph: Graph, tmp_path: Path, length: int
+) -> None:
+    """QEMU takes it as well; counting anew (the image is dirty) goes as far as the file does."""
+    path = tmp_path / "d.qcow2"
+    await make(graph, path, **{"lazy-refcounts": True, "cluster-size": 512})
+    with path.open("r+b") as image:
+        image.seek(crypto_extent(path)[0] + 16)
+        image.write(length.to_bytes(8, "big"))
+        image.seek(72)
+        image.write((1).to_bytes(8, "big"))
+    tracemalloc.start()
+    try:
+        backend = await attach(graph, path, encrypt=encryption(LUKS))
+        await backend.pwrite(0, b"z" * 4096)
+        assert bytes(await backend.pread(0, 4096)) == b"z" * 4096
+        await detach(graph, backend)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+async def test_what_a_failed_creation_leaves_is_what_was_there(graph: Graph, tmp_path: Path) -> None:
+    path = tmp_path / "d.qcow2"
+    path.write_bytes(b"precious")
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"format": "luks"}, "Parameter 'encrypt.key-secret' is required for cipher"),
+        ({"format": "qcow"}, "Parameter 'encrypt.key-secret' is required for cipher"),
+        ({"format": "luks", "key-secret": "no"}, "No secret with id 'no'"),
+        ({"format": "luks", "key-secret": "pw", "ivgen-alg": "essiv", "ivgen-hash-alg": "sha1"},
+         "No AES cipher with key size 20 available"),
+    )  # fmt: skip
+    for options, text in wrong:
+        with pytest.raises(Error) as caught:
+            await make(graph, path, encrypt=options)
+        assert caught.value.desc == text
+        assert path.read_bytes() == b"precious"
