@@ -43,11 +43,11 @@ from qmpd.block.drivers.qcow2.header import (
     Header,
     Incompatible,
 )
+from qmpd.block.drivers.qcow2.internal_snapshots import InternalSnapshots
 from qmpd.block.drivers.qcow2.mapping import BACKING_KINDS, COPIED, OFFSET, ZERO, ZERO_KINDS, Kind
 from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, shown
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.settings import Settings
-from qmpd.block.drivers.qcow2.snapshots import MAX_TABLE_BYTES, Snapshot, parse_table
 from qmpd.block.node import SECTOR, BlockStatus, Data, InternalSnapshot, Node, NotSupported, errno_error
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
@@ -93,6 +93,7 @@ class Qcow2Node(Node):
 
     driver = "qcow2"
     supports_backing = True
+    supports_internal_snapshots = True
     changeable_options = resettable_options = frozenset(
         {
             "cache-clean-interval",
@@ -117,7 +118,7 @@ class Qcow2Node(Node):
         self._header = Header()
         self._meta: Metadata | None = None
         self._settings: Settings | None = None
-        self._snapshots: list[Snapshot] = []
+        self._snapshots = InternalSnapshots()
         self._allocations: list[_Allocation] = []
         self._inflated: dict[int, bytes] = {}
         #: Set when damage was found that makes every further request fail.
@@ -161,7 +162,7 @@ class Qcow2Node(Node):
         self._size = header.size // SECTOR * SECTOR
         meta = self._meta = Metadata(file, header, settings, self._corrupt)
         await meta.load()
-        await self._load_snapshots(meta)
+        await self._snapshots.load(meta)
         if self._external:
             meta.data_barrier = self._flush_both
         if not self.read_only:
@@ -192,41 +193,6 @@ class Qcow2Node(Node):
         # What deciphers the data goes where `_read_data` and `_write_data` are.
         raise Error("Encrypted qcow2 images are not supported yet")
 
-    async def _load_snapshots(self, meta: Metadata) -> None:
-        header = self._header
-        if not header.snapshot_count:
-            return
-        data = bytearray()
-        while True:
-            try:
-                self._snapshots, length = parse_table(data, header.snapshot_count)
-                break
-            except Error:
-                # The table does not say how long it is.
-                position = header.snapshots_offset + len(data)
-                if len(data) >= MAX_TABLE_BYTES or (data and position >= self.file.size):
-                    raise
-                data += await meta.read(position, max(_TABLE_PIECE, len(data)))
-        cluster = header.cluster_bytes
-        meta.map.set("snapshot-table", _clusters(header.snapshots_offset, length, cluster))
-        await self._map_snapshots(meta)
-
-    async def _map_snapshots(self, meta: Metadata) -> None:
-        """Note where the tables of snapshots are, as far as the overlap checks want to know."""
-        cluster = self._header.cluster_bytes
-        l1_clusters: set[int] = set()
-        l2_clusters: set[int] = set()
-        for snapshot in self._snapshots:
-            length = snapshot.l1_entries * 8
-            if length > MAX_L1_BYTES or snapshot.l1_offset % cluster:
-                continue  # It can't be gone back to; it harms nobody as long as it is not.
-            l1_clusters.update(_clusters(snapshot.l1_offset, length, cluster))
-            if meta.map.wants("inactive-l2"):
-                for entry in mapping.parse_table(await meta.read(snapshot.l1_offset, length)):
-                    l2_clusters.add((entry & OFFSET) // cluster)
-        meta.map.set("inactive-l1", l1_clusters)
-        meta.map.set("inactive-l2", l2_clusters - {0})
-
     async def _prepare_to_write(self, meta: Metadata, header: Header, settings: Settings) -> None:
         known = Autoclear.DATA_FILE_RAW
         if header.autoclear & ~int(known):
@@ -235,7 +201,7 @@ class Qcow2Node(Node):
             await self.file.pwrite(AUTOCLEAR_POSITION, header.autoclear.to_bytes(8, "big"))
             await self.file.flush()
         if header.incompatible & Incompatible.DIRTY:
-            await rebuild_refcounts(meta, self._snapshots)
+            await rebuild_refcounts(meta, self._snapshots.entries, self._snapshots.table_bytes)
             await self._set_incompatible(header.incompatible & ~Incompatible.DIRTY)
         if settings.lazy_refcounts:
             meta.lazy = True
@@ -268,7 +234,7 @@ class Qcow2Node(Node):
         self._meta, self._settings = meta, settings
         try:
             await meta.load()
-            await self._map_snapshots(meta)
+            await self._snapshots.note_places(meta)
         except OSError as error:
             raise Error(f"Could not read qcow2 image: {error.strerror}") from None
         if self._external:
@@ -383,6 +349,11 @@ class Qcow2Node(Node):
         return self._header.encryption is not Encryption.NONE
 
     @property
+    def lists_internal_snapshots(self) -> bool:
+        """Not if the data is in another file."""
+        return not self._external
+
+    @property
     def internal_snapshots(self) -> list[InternalSnapshot]:
         """The internal snapshots as all formats have them."""
         second = 1_000_000_000
@@ -395,13 +366,21 @@ class Qcow2Node(Node):
                 vm_clock=snapshot.guest_clock,
                 icount=snapshot.instructions,
             )
-            for snapshot in self._snapshots
+            for snapshot in self._snapshots.entries
         ]
 
-    @property
-    def snapshots(self) -> list[Snapshot]:
-        """The internal snapshots."""
-        return self._snapshots
+    async def create_internal_snapshot(self, name: str, now: float) -> InternalSnapshot:
+        """See `InternalSnapshots.create`."""
+        meta = self._alive()
+        await self._snapshots.create(meta, name, now, self._size)
+        return self.internal_snapshots[-1]
+
+    async def delete_internal_snapshot(self, snapshot_id: str) -> None:
+        """See `InternalSnapshots.delete`."""
+        meta = self._alive()
+        if self.read_only:
+            raise errno_error(errno.EPERM)
+        await self._snapshots.delete(meta, snapshot_id)
 
     def format_specific(self) -> dict[str, Any] | None:
         """ImageInfoSpecificQCow2."""
@@ -1072,7 +1051,7 @@ class Qcow2Node(Node):
             if size < self._size:
                 raise Error("Preallocation can't be used for shrinking an image")
             raise Error(f"Unsupported preallocation mode: {preallocation}")
-        if self._snapshots and self._header.version < 3:
+        if self._snapshots.entries and self._header.version < 3:
             raise Error("Can't resize a v2 image which has snapshots")
         old = self._size
         try:

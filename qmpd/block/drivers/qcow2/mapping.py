@@ -17,6 +17,9 @@ import sys
 from array import array
 from typing import Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qmpd.block.drivers.qcow2.header import SUBCLUSTERS
 
 #: The bits of an L1 or L2 entry that hold an offset in the file.
@@ -121,6 +124,18 @@ def compressed_place(entry: int, cluster_bits: int) -> CompressedPlace:
     offset = entry & (1 << bits) - 1
     more_sectors = (entry & COMPRESSED - 1) >> bits
     return CompressedPlace(offset, (more_sectors + 1) * SECTOR - offset % SECTOR)
+
+
+def compressed_clusters(
+    entries: NDArray[np.uint64], cluster_bits: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The numbers of the first and of the last cluster of the file that each descriptor touches."""
+    bits = np.uint64(62 - (cluster_bits - 8))
+    offsets = entries & (np.uint64(1) << bits) - np.uint64(1)
+    more_sectors = (entries & np.uint64(COMPRESSED - 1)) >> bits
+    per_cluster = np.uint64((1 << cluster_bits) // SECTOR)
+    sectors = offsets // np.uint64(SECTOR)
+    return sectors // per_cluster, (sectors + more_sectors) // per_cluster
 
 
 def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:

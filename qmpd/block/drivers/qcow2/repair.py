@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qmpd.block.drivers.qcow2 import mapping, refcounts
 from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES
 from qmpd.block.drivers.qcow2.metadata import Metadata
-from qmpd.block.drivers.qcow2.snapshots import Snapshot, build_table
+from qmpd.block.drivers.qcow2.snapshots import Snapshot
 from qmpd.block.node import errno_error
 
 #: An image file with more clusters than this is not counted: it is a sparse file made to be large.
@@ -76,15 +76,14 @@ class _Uses:
             self.add(*mapping.compressed_place(entry, self.meta.header.cluster_bits))
 
 
-async def _used(meta: Metadata, snapshots: list[Snapshot]) -> NDArray[np.uint32]:
+async def _used(meta: Metadata, snapshots: list[Snapshot], table_bytes: int) -> NDArray[np.uint32]:
     header = meta.header
     uses = _Uses(meta)
     uses.add(0, 1)
     await uses.add_l1(header.l1_offset, header.l1_entries)
     for snapshot in snapshots:
         await uses.add_l1(snapshot.l1_offset, snapshot.l1_entries)
-    if snapshots:
-        uses.add(header.snapshots_offset, len(build_table(snapshots, header.size)))
+    uses.add(header.snapshots_offset, table_bytes)
     uses.add(header.refcount_table_offset, header.refcount_table_clusters * uses.cluster)
     table = np.frombuffer(meta.table.words, np.uint64) & np.uint64(refcounts.TABLE_OFFSET)
     uses.add_all(table)
@@ -108,12 +107,13 @@ async def _add_bitmaps(uses: _Uses, offset: int, length: int) -> None:
             uses.add_all(np.frombuffer(words, np.uint64) & np.uint64(mapping.OFFSET))
 
 
-async def rebuild_refcounts(meta: Metadata, snapshots: list[Snapshot]) -> None:
+async def rebuild_refcounts(meta: Metadata, snapshots: list[Snapshot], table_bytes: int) -> None:
     """Count everything, set the counts to that, and write them.
 
+    :param table_bytes: the length of the snapshot table.
     :raise OSError: what the storage says; EFBIG for a file too large to count.
     """
-    used = await _used(meta, snapshots)
+    used = await _used(meta, snapshots, table_bytes)
     await meta.set_refcounts(used)
     await meta.commit(refcounts_too=True)
     await meta.file.flush()
