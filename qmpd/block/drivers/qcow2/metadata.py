@@ -402,6 +402,8 @@ class Metadata:
         self.l1.set(l1_index, offset | mapping.COPIED)
         self.map.add("active-l2", offset // self.cluster_bytes)
         if old:
+            # A snapshot may have it still; when that goes, the cluster is anybody's.
+            self.map.remove("active-l2", old // self.cluster_bytes)
             self.free(old, self.cluster_bytes, table=True)
 
     # -- refcounts
