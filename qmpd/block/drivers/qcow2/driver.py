@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from qmpd.block.change import Change
 from qmpd.block.drivers.qcow2 import mapping
+from qmpd.block.drivers.qcow2.bitmaps import not_to_be_believed
 from qmpd.block.drivers.qcow2.compression import decompress
 from qmpd.block.drivers.qcow2.header import (
     AUTOCLEAR_POSITION,
@@ -195,6 +196,9 @@ class Qcow2Node(Node):
 
     async def _prepare_to_write(self, meta: Metadata, header: Header, settings: Settings) -> None:
         known = Autoclear.DATA_FILE_RAW
+        if header.bitmaps is not None:
+            known |= Autoclear.BITMAPS
+            await self._doubt_bitmaps()
         if header.autoclear & ~int(known):
             # Whoever set them relies on that nobody writes who does not keep their promises.
             header.autoclear &= int(known)
@@ -206,6 +210,18 @@ class Qcow2Node(Node):
         if settings.lazy_refcounts:
             meta.lazy = True
             meta.before_change = self._become_dirty
+
+    async def _doubt_bitmaps(self, *, resized: bool = False) -> None:
+        """See that nobody believes bitmaps which miss what is about to happen."""
+        bitmaps = self._header.bitmaps
+        if bitmaps is None:
+            return
+        length = min(bitmaps.directory_bytes, max(0, self.file.size - bitmaps.directory_offset))
+        directory = bytes(await self.file.pread(bitmaps.directory_offset, length))
+        doubted = not_to_be_believed(directory, resized=resized)
+        if doubted != directory:
+            await self.file.pwrite(bitmaps.directory_offset, doubted)
+            await self.file.flush()
 
     async def _become_dirty(self) -> None:
         """With lazy refcounts: the header says that the counts are not to be relied on."""
@@ -1055,6 +1071,7 @@ class Qcow2Node(Node):
             raise Error("Can't resize a v2 image which has snapshots")
         old = self._size
         try:
+            await self._doubt_bitmaps(resized=size != old)
             # As long as this holds all clusters, nobody else writes.
             async with self._changing(0, 1 << 62):
                 if size < old:

@@ -11,13 +11,13 @@ Source: qcow2 specification, sections "Host cluster management" and "Consistency
 from __future__ import annotations
 
 import errno
-import struct
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qmpd.block.drivers.qcow2 import mapping, refcounts
+from qmpd.block.drivers.qcow2.bitmaps import parse_directory
 from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES
 from qmpd.block.drivers.qcow2.metadata import Metadata
 from qmpd.block.drivers.qcow2.snapshots import Snapshot
@@ -25,8 +25,6 @@ from qmpd.block.node import errno_error
 
 #: An image file with more clusters than this is not counted: it is a sparse file made to be large.
 MAX_CLUSTERS: Final = 1 << 28
-
-_BITMAP: Final = struct.Struct(">QIIBBHI")
 
 
 class _Uses:
@@ -96,11 +94,8 @@ async def _used(meta: Metadata, snapshots: list[Snapshot], table_bytes: int) -> 
 
 async def _add_bitmaps(uses: _Uses, offset: int, length: int) -> None:
     uses.add(offset, length)
-    directory = bytes(await uses.meta.read(offset, length))
-    position = 0
-    while position + _BITMAP.size <= len(directory):
-        table, entries, _, _, _, name_length, extra = _BITMAP.unpack_from(directory, position)
-        position += -(-(_BITMAP.size + name_length + extra) // 8) * 8
+    for bitmap in parse_directory(bytes(await uses.meta.read(offset, length))):
+        table, entries = bitmap.table_offset, bitmap.table_entries
         if entries * 8 <= MAX_L1_BYTES and table % uses.cluster == 0:
             uses.add(table, entries * 8)
             words = mapping.parse_table(await uses.meta.read(table, entries * 8))
