@@ -183,6 +183,11 @@ class Node(ABC):
         return []
 
     @property
+    def ejected(self) -> bool:
+        """Whether such damage was found that the node does nothing any more."""
+        return False
+
+    @property
     def lists_internal_snapshots(self) -> bool:
         """Whether this very image can have snapshots inside."""
         return True

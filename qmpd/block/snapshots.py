@@ -170,12 +170,19 @@ def root(graph: Graph, name: str) -> Node:
     return node
 
 
+def _root_with_medium(graph: Graph, name: str) -> Node:
+    node = root(graph, name)
+    if node.ejected:
+        raise Error("Device has no medium")
+    return node
+
+
 async def create_internal(graph: Graph, device: str, name: str, change: Change) -> None:
     """Keep a disk's contents inside its image (`blockdev-snapshot-internal-sync`).
 
     :raise Error: if there is no such device, or its image can't.
     """
-    node = root(graph, device)
+    node = _root_with_medium(graph, device)
     await change.hold(graph.drained(node))
     if node.read_only:
         raise Error(f"Device '{device}' is read only")
@@ -203,7 +210,7 @@ async def delete_internal(
     :raise Error: if there is no such device or snapshot.
     """
     async with graph.change() as change:
-        node = root(graph, device)
+        node = _root_with_medium(graph, device)
         await change.hold(graph.drained(node))
         if snapshot_id is None and name is None:
             raise Error("Name or id must be provided")

@@ -365,6 +365,11 @@ class Qcow2Node(Node):
         return self._header.encryption is not Encryption.NONE
 
     @property
+    def ejected(self) -> bool:
+        """After damage that makes every further request fail."""
+        return self._dead
+
+    @property
     def lists_internal_snapshots(self) -> bool:
         """Not if the data is in another file."""
         return not self._external
