@@ -1098,8 +1098,10 @@ class Qcow2Node(Node):
     async def _write_size(self, size: int) -> None:
         if self._external and self._header.raw_external_data:
             await self._data.truncate(size)
-        await self.file.pwrite(SIZE_POSITION, size.to_bytes(8, "big"))
-        await self._flush_both()
+        meta = self._alive()
+        await meta.data_barrier()
+        old = self._header.size
+        await meta.change_header(SIZE_POSITION, size.to_bytes(8, "big"), old.to_bytes(8, "big"))
 
     async def _cut(self, meta: Metadata, size: int, old: int) -> None:
         """Give up what is behind the new end, tables included."""
@@ -1127,15 +1129,20 @@ class Qcow2Node(Node):
         async with meta.allocating:
             place = await meta.take_in_one_piece(clusters)
         words = meta.l1.words + array("Q", bytes((needed - have) * 8))
-        # What is known in memory only is in neither table yet.
-        await meta.commit(refcounts_too=True)
-        await self.file.pwrite(
-            place, mapping.build_table(words).ljust(clusters << self._bits, b"\0"), grow=True
-        )
-        await self.file.flush()
-        fields = needed.to_bytes(4, "big") + place.to_bytes(8, "big")
-        await self.file.pwrite(L1_POSITION, fields)
-        await self.file.flush()
+        try:
+            # What is known in memory only is in neither table yet.
+            await meta.commit(refcounts_too=True)
+            table = mapping.build_table(words).ljust(clusters << self._bits, b"\0")
+            await self.file.pwrite(place, table, grow=True)
+            await self.file.flush()
+            await meta.change_header(
+                L1_POSITION,
+                needed.to_bytes(4, "big") + place.to_bytes(8, "big"),
+                self._header.l1_entries.to_bytes(4, "big") + self._header.l1_offset.to_bytes(8, "big"),
+            )
+        except BaseException:
+            meta.free(place, clusters << self._bits)
+            raise
         meta.free(self._header.l1_offset, have * 8)
         self._header.l1_entries, self._header.l1_offset = needed, place
         meta.l1 = WordTable(place, words)

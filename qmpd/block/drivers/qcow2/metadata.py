@@ -662,8 +662,8 @@ class Metadata:
         old_offset = self.header.refcount_table_offset
         old_length = self.header.refcount_table_clusters * self.cluster_bytes
         place = table_offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
-        await self.file.pwrite(REFCOUNT_TABLE_POSITION, place)
-        await self._flush_file()
+        old_place = old_offset.to_bytes(8, "big") + self.header.refcount_table_clusters.to_bytes(4, "big")
+        await self.change_header(REFCOUNT_TABLE_POSITION, place, old_place)
         self.header.refcount_table_offset, self.header.refcount_table_clusters = table_offset, table_clusters
         self.table = WordTable(table_offset, words)
         self._used_end = max(self._used_end, (first + used) * self.cluster_bytes)
@@ -837,6 +837,25 @@ class Metadata:
             await asyncio.gather(
                 *(self.file.pwrite(offset, data, grow=True) for offset, data in joined(writes))
             )
+
+    async def change_header(self, position: int, new: bytes, old: bytes) -> None:
+        """Write a field of the header that says where a table is, with a barrier.
+
+        If that fails the old one is put back, for the old table stays the one in use; if it is not known
+        which of them the storage has, nothing more is written.
+
+        :raise OSError: what the storage says.
+        """
+        try:
+            await self.file.pwrite(position, new)
+            await self._flush_file()
+        except BaseException:
+            try:
+                await self.file.pwrite(position, old)
+                await self._flush_file()
+            except OSError:
+                self._corrupt("The place of a table could not be written to the header", offset=position)
+            raise
 
     async def _flush_file(self) -> None:
         await self.file.flush()
