@@ -63,8 +63,9 @@ V3_OPTIONS = st.fixed_dictionaries(
 #: A request: its kind, where it begins and how long it is in sectors, bytes cut off, and what is written.
 REQUESTS = st.tuples(
     st.sampled_from(["write", "write", "zeroes", "unmap", "discard", "read"]),
-    st.integers(0, MOST - 1),
-    st.sampled_from([1, 1, 7, 64, 130, 1000]),
+    # Most are near each other, so that they have to do with each other.
+    st.integers(0, 150) | st.integers(0, MOST - 1),
+    st.sampled_from([1, 7, 64, 130, 260, 1000]),
     st.sampled_from([0, 0, 0, 1, 300]),
     st.integers(0, 255),
 )
@@ -110,7 +111,7 @@ class Model(RuleBasedStateMachine):
         shape=st.sampled_from(["plain", "plain", "v2", "extended", "lazy", "data", "raw data", "zstd"]),
         below=st.sampled_from(["", "", "raw", "short", "compressed"]),
         filled=st.booleans(),
-        size=st.integers(1, MOST),
+        size=st.integers(1, MOST) | st.integers(800, MOST),
         seed=st.integers(0, 99),
         options=OTHER_OPTIONS,
     )
@@ -180,6 +181,8 @@ class Model(RuleBasedStateMachine):
             )
             self.array[: len(content)] = content
         self.do(self.open(options))
+        if seed % 3:
+            self.do(self.request("write", 0, min(seed * 4096, len(self.array)), 1))
 
     def node_options(self, layer: int) -> dict[str, Any]:
         options = {
