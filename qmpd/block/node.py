@@ -183,10 +183,21 @@ class Node(ABC):
         """The snapshots in the image, in the order of its table."""
         return []
 
-    async def create_internal_snapshot(self, name: str, now: float) -> None:
+    @property
+    def ejected(self) -> bool:
+        """Whether such damage was found that the node does nothing any more."""
+        return False
+
+    @property
+    def lists_internal_snapshots(self) -> bool:
+        """Whether this very image can have snapshots inside."""
+        return True
+
+    async def create_internal_snapshot(self, name: str, now: float) -> InternalSnapshot:
         """Keep the disk's present contents under `name`; nothing is under way in the node meanwhile.
 
         :param now: the time, in seconds since 1970.
+        :returns: what was made; its name may be cut off.
         :raise OSError: what the storage says.
         """
         raise errno_error(errno.EOPNOTSUPP)

@@ -170,12 +170,19 @@ def root(graph: Graph, name: str) -> Node:
     return node
 
 
+def _root_with_medium(graph: Graph, name: str) -> Node:
+    node = root(graph, name)
+    if node.ejected:
+        raise Error("Device has no medium")
+    return node
+
+
 async def create_internal(graph: Graph, device: str, name: str, change: Change) -> None:
     """Keep a disk's contents inside its image (`blockdev-snapshot-internal-sync`).
 
     :raise Error: if there is no such device, or its image can't.
     """
-    node = root(graph, device)
+    node = _root_with_medium(graph, device)
     await change.hold(graph.drained(node))
     if node.read_only:
         raise Error(f"Device '{device}' is read only")
@@ -188,11 +195,9 @@ async def create_internal(graph: Graph, device: str, name: str, change: Change) 
     if _find(node, None, name) is not None:
         raise Error(f"Snapshot with name '{name}' already exists on device '{device}'")
     try:
-        await node.create_internal_snapshot(name, time.time())
+        made = await node.create_internal_snapshot(name, time.time())
     except OSError as error:
         raise Error(f"Failed to create snapshot '{name}' on device '{device}': {error.strerror}") from None
-    made = _find(node, None, name)
-    assert made is not None, "a snapshot that was made is there"
     change.on_failure(node.delete_internal_snapshot, made.id)
 
 
@@ -205,12 +210,10 @@ async def delete_internal(
     :raise Error: if there is no such device or snapshot.
     """
     async with graph.change() as change:
-        node = root(graph, device)
+        node = _root_with_medium(graph, device)
         await change.hold(graph.drained(node))
         if snapshot_id is None and name is None:
             raise Error("Name or id must be provided")
-        if not node.supports_internal_snapshots:
-            raise Error("Failed to get a snapshot list: Operation not supported")
         found = _find(node, snapshot_id, name)
         if found is None:
             raise Error(
@@ -220,13 +223,13 @@ async def delete_internal(
         try:
             await node.delete_internal_snapshot(found.id)
         except OSError as error:
-            raise Error(
-                f"Failed to delete snapshot '{found.name}' on device '{device}': {error.strerror}"
-            ) from None
+            raise Error(f"Failed to remove snapshot from snapshot list: {error.strerror}") from None
         return found
 
 
 def _find(node: Node, snapshot_id: str | None, name: str | None) -> InternalSnapshot | None:
+    if not node.supports_internal_snapshots or not node.lists_internal_snapshots:
+        raise Error("Failed to get a snapshot list: Operation not supported")
     for snapshot in node.internal_snapshots:
         if snapshot_id in (None, snapshot.id) and name in (None, snapshot.name):
             return snapshot

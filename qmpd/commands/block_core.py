@@ -215,7 +215,12 @@ def snapshot_info(snapshot: InternalSnapshot) -> dict[str, Any]:
 
 
 def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
-    """ImageInfo, and unless it shall be `flat` that of the images behind."""
+    """ImageInfo, and unless it shall be `flat` that of the images behind.
+
+    :raise Error: after fatal damage there is nothing to tell, as in QEMU.
+    """
+    if node.ejected:
+        raise Error(f"Block device {node.name} is ejected")
     info: dict[str, Any] = {
         "virtual-size": node.size,
         "filename": node.filename,
@@ -279,14 +284,15 @@ def block_info(backend: Backend, nbd_uri: str | None = None) -> dict[str, Any]:
     empty id has a name that can't be told from none.
     """
     assert isinstance(backend, GuestDisk), "only devices have disks"
-    inserted = block_device_info(backend.node)
-    inserted["cache"]["writeback"] = backend.write_cache
+    inserted = None if backend.node.ejected else block_device_info(backend.node)
+    if inserted is not None:
+        inserted["cache"]["writeback"] = backend.write_cache
     return {
         **({"io-status": backend.io_status} if backend.stops_on_error else {}),
         "device": backend.name,
         "locked": False,
         "removable": backend.removable,
-        "inserted": inserted,
+        **({} if inserted is None else {"inserted": inserted}),
         **({"qdev": backend.qdev} if backend.qdev else {}),
         **({"tray_open": False} if backend.removable else {}),
         "type": "unknown",

@@ -9,8 +9,11 @@ to be in the image.
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
 import subprocess
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,9 @@ class Disk:
         self.flushed: list[tuple[int, bytes]] = []
         #: (length of the log, start, data) before each request that changes the disk.
         self.touched: list[tuple[int, int, bytes]] = []
+        #: By snapshot: what it holds, and the length of the log when making it began and ended, and
+        #: when deleting it did.
+        self.snapshots: dict[str, tuple[bytes, list[int]]] = {}
 
 
 def recording(disk: Disk) -> type[FileNode]:
@@ -115,7 +121,7 @@ def wrong_sectors(disk: Disk, moment: int, found: bytes) -> list[int]:
     since = [(start, data) for begun, start, data in disk.touched if begun >= length]
     return [
         sector // SECTOR
-        for sector in range(0, SIZE, SECTOR)
+        for sector in range(0, min(len(safe), len(found)), SECTOR)
         if (now := found[sector : sector + SECTOR]) != safe[sector : sector + SECTOR]
         and not any(
             now == data[sector - start : sector - start + SECTOR] for start, data in since if start <= sector
@@ -185,3 +191,188 @@ async def test_a_crash_leaves_leaks_at_worst(tmp_path: Path, options: str, snaps
         assert qemu_img("convert", "-O", "raw", "d.qcow2", "d.raw").returncode == 0
         found = (tmp_path / "d.raw").read_bytes()
         assert wrong_sectors(disk, moment, found) == [], moment
+
+
+# -- each write in turn is the last one
+
+
+class Story:
+    """What a guest and its manager do, one after the other, and what they may rely on."""
+
+    def __init__(self, node: Node, disk: Disk) -> None:
+        self.node = node
+        self.disk = disk
+        self.chance = random.Random(7)
+
+    async def write(self, start: int, length: int) -> None:
+        # Whole sectors, for those are torn.
+        length = -(-(start + length) // SECTOR) * SECTOR - start // SECTOR * SECTOR
+        start = start // SECTOR * SECTOR
+        data = self.chance.randbytes(length)
+        self.disk.touched.append((len(self.disk.log), start, data))
+        await self.node.pwrite(start, data)
+
+    async def drop(self, start: int, length: int) -> None:
+        self.disk.touched.append((len(self.disk.log), start, bytes(length)))
+        await self.node.pdiscard(start, length)
+
+    async def flush(self) -> None:
+        await self.node.flush()
+        now = bytes(await self.node.pread(0, self.node.size))
+        self.disk.flushed.append((len(self.disk.log), now))
+
+    async def resize(self, size: int) -> None:
+        old = self.node.size
+        self.disk.touched.append((len(self.disk.log), size, bytes(max(0, old - size))))
+        await self.node.truncate(size)
+
+    async def keep(self, name: str) -> None:
+        begun = len(self.disk.log)
+        held = bytes(await self.node.pread(0, self.node.size))
+        await self.node.create_internal_snapshot(name, 0.0)
+        self.disk.snapshots[name] = (held, [begun, len(self.disk.log)])
+
+    async def forget(self, name: str) -> None:
+        begun = len(self.disk.log)
+        found = next(snapshot for snapshot in self.node.internal_snapshots if snapshot.name == name)
+        await self.node.delete_internal_snapshot(found.id)
+        self.disk.snapshots[name][1].extend((begun, len(self.disk.log)))
+
+
+async def with_snapshots(story: Story) -> None:
+    await story.write(0, 9000)
+    await story.flush()
+    await story.keep("a")
+    await story.write(3000, 3000)
+    await story.flush()
+    await story.keep("b")
+    await story.write(50_000, 700)
+    await story.forget("a")
+    await story.write(4000, 8000)
+    await story.flush()
+    await story.forget("b")
+    await story.write(0, 6000)
+    await story.flush()
+
+
+async def with_other_sizes(story: Story) -> None:
+    await story.write(60_000, 5000)
+    await story.flush()
+    await story.resize(SIZE + 200_192)
+    await story.write(SIZE + 200_192 - 3000, 3000)
+    await story.flush()
+    await story.resize(63_488)
+    await story.write(30_000, 4000)
+    await story.flush()
+    await story.resize(SIZE)
+    await story.write(62_000, 9000)
+    await story.flush()
+
+
+async def until_the_refcount_table_moves(story: Story) -> None:
+    # 64 blocks of 64 counts for clusters of 512 bytes: 2 MiB.
+    await story.resize(3 << 20)
+    for start in range(0, (2 << 20) - 40_000, 1 << 20):
+        await story.write(start, min(1 << 20, (2 << 20) - 40_000 - start))
+    await story.flush()
+    for start in range((2 << 20) - 40_000, (2 << 20) + 40_000, 10_000):
+        await story.write(start, 10_000)
+    await story.flush()
+
+
+async def with_clusters_used_again(story: Story) -> None:
+    await story.write(0, 64 * 512)
+    await story.flush()
+    await story.drop(512, 20 * 512)
+    # There is room for two pieces of L2 tables, so these have the changed one written, without a flush.
+    for table in range(4, 10):
+        await story.write(table * 64 * 512, 1024)
+    await story.flush()
+
+
+STORIES: list[tuple[str, Callable[[Story], Awaitable[None]], int]] = [
+    ("cluster_size=512", with_snapshots, 40),
+    ("cluster_size=4096,refcount_bits=64", with_snapshots, 30),
+    ("cluster_size=16k,extended_l2=on", with_snapshots, 30),
+    ("cluster_size=512", with_other_sizes, 40),
+    ("cluster_size=4096,lazy_refcounts=off,compat=0.10", with_other_sizes, 30),
+    ("cluster_size=512,refcount_bits=64", until_the_refcount_table_moves, 30),
+    ("cluster_size=512", with_clusters_used_again, 60),
+]
+
+
+def images_after(before: bytes, log: Log, moment: int, chance: random.Random) -> Iterator[bytes]:
+    """What the file may hold then: all there, the last write torn, one missing, or any of them missing."""
+    safe = max((entry for entry in log[:moment] if isinstance(entry, int)), default=0)
+    loose = [number for number in range(safe, moment) if not isinstance(log[number], int)]
+    yield replay(before, log, moment, {})
+    if loose:
+        yield replay(before, log, moment, {loose[-1]: chance.random()})
+        yield replay(before, log, moment, {chance.choice(loose[:-1] or loose): 0.0})
+        yield image_after(before, log, moment, chance)
+
+
+def replay(before: bytes, log: Log, moment: int, cut: dict[int, float]) -> bytes:
+    """All writes so far; of some only that part, in whole sectors."""
+    image = bytearray(before)
+    for number, entry in enumerate(log[:moment]):
+        if isinstance(entry, int):
+            continue
+        offset, data = entry
+        data = data[
+            : int(len(data) * cut.get(number, 1.0)) // SECTOR * SECTOR or len(data) * (number not in cut)
+        ]
+        image.extend(bytes(max(0, offset + len(data) - len(image))))
+        image[offset : offset + len(data)] = data
+    return bytes(image)
+
+
+@pytest.mark.peer("qemu-img")
+@pytest.mark.parametrize(
+    ("options", "tell", "most"), STORIES, ids=[f"{tell.__name__}-{options}" for options, tell, _ in STORIES]
+)
+async def test_each_write_may_be_the_last(
+    tmp_path: Path, options: str, tell: Callable[[Story], Awaitable[None]], most: int
+) -> None:
+    def qemu_img(*arguments: str) -> str:
+        done = subprocess.run(
+            ["qemu-img", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (moment, variant, arguments, done.stdout[-1500:], done.stderr)
+        return done.stdout
+
+    moment = variant = -1
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, "d.qcow2", str(SIZE))
+    disk = Disk()
+    disk.flushed.append((0, bytes(SIZE)))
+    before = (tmp_path / "d.qcow2").read_bytes()
+    graph = Graph({**DRIVERS, "file": recording(disk)}, secrets=lambda _: bytearray())
+    file = {"driver": "file", "filename": str(tmp_path / "d.qcow2")}
+    caches = {"l2-cache-size": 1024, "l2-cache-entry-size": 512}
+    node = await graph.add({"driver": "qcow2", "node-name": "d", "discard": "unmap", "file": file, **caches})
+    await tell(Story(node, disk))
+    await graph.delete("d")
+    await graph.close()
+
+    # All moments where somebody has the time for it.
+    thorough = "QMPD_CRASH_EVERYWHERE" in os.environ
+    chance = random.Random(options)
+    moments = [number + 1 for number, entry in enumerate(disk.log) if not isinstance(entry, int)]
+    for moment in sorted(chance.sample(moments, min(most * (20 if thorough else 1), len(moments)))):
+        for variant, image in enumerate(images_after(before, disk.log, moment, chance)):
+            (tmp_path / "d.qcow2").write_bytes(image)
+            qemu_img("check", "-r", "leaks", "d.qcow2")
+            qemu_img("convert", "-t", "unsafe", "-O", "raw", "d.qcow2", "d.raw")
+            found = (tmp_path / "d.raw").read_bytes()
+            assert wrong_sectors(disk, moment, found) == [], (moment, variant)
+            if disk.snapshots:
+                listed = json.loads(qemu_img("info", "--output=json", "d.qcow2")).get("snapshots", [])
+                there = {snapshot["name"] for snapshot in listed}
+                for name, (held, (begun, ended, *deleting)) in disk.snapshots.items():
+                    if name in there:
+                        assert begun < moment
+                        assert not deleting or moment <= deleting[1]
+                        qemu_img("convert", "-l", f"snapshot.name={name}", "-O", "raw", "d.qcow2", "s.raw")
+                        assert (tmp_path / "s.raw").read_bytes() == held, (moment, variant, name)
+                    else:
+                        assert moment < ended or (deleting and moment > deleting[0]), (moment, variant, name)

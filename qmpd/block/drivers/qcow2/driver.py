@@ -28,6 +28,7 @@ import numpy as np
 
 from qmpd.block.change import Change
 from qmpd.block.drivers.qcow2 import mapping
+from qmpd.block.drivers.qcow2.bitmaps import not_to_be_believed
 from qmpd.block.drivers.qcow2.compression import decompress
 from qmpd.block.drivers.qcow2.gathering import CachedReads, JoinedWrite, Piece
 from qmpd.block.drivers.qcow2.header import (
@@ -49,11 +50,11 @@ from qmpd.block.drivers.qcow2.header import (
     Header,
     Incompatible,
 )
+from qmpd.block.drivers.qcow2.internal_snapshots import InternalSnapshots
 from qmpd.block.drivers.qcow2.mapping import BACKING_KINDS, COPIED, OFFSET, ZERO, ZERO_KINDS, Kind
 from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, shown
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.settings import Settings
-from qmpd.block.drivers.qcow2.snapshots import MAX_TABLE_BYTES, Snapshot, parse_table
 from qmpd.block.node import (
     SECTOR,
     BlockStatus,
@@ -113,6 +114,7 @@ class Qcow2Node(Node):
 
     driver = "qcow2"
     supports_backing = True
+    supports_internal_snapshots = True
     strong_options = ("encrypt.key-secret",)
     resettable_options = frozenset(
         {
@@ -138,7 +140,7 @@ class Qcow2Node(Node):
         self._header = Header()
         self._meta: Metadata | None = None
         self._settings: Settings | None = None
-        self._snapshots: list[Snapshot] = []
+        self._snapshots = InternalSnapshots()
         self._allocations: list[_Allocation] = []
         self._inflated: dict[int, bytes] = {}
         self._cipher: DataCipher | None = None
@@ -187,7 +189,7 @@ class Qcow2Node(Node):
         meta = self._meta = Metadata(file, header, settings, self._corrupt)
         self._map_crypto_header(meta)
         await meta.load()
-        await self._load_snapshots(meta)
+        await self._snapshots.load(meta)
         if self._external:
             meta.data_barrier = self._flush_both
         if not self.read_only:
@@ -230,58 +232,38 @@ class Qcow2Node(Node):
         found: type[DataCipher] = module.DataCipher
         return found
 
-    async def _load_snapshots(self, meta: Metadata) -> None:
-        header = self._header
-        if not header.snapshot_count:
-            return
-        data = bytearray()
-        while True:
-            try:
-                self._snapshots, length = parse_table(data, header.snapshot_count)
-                break
-            except Error:
-                # The table does not say how long it is.
-                position = header.snapshots_offset + len(data)
-                if len(data) >= MAX_TABLE_BYTES or (data and position >= self.file.size):
-                    raise
-                data += await meta.read(position, max(_TABLE_PIECE, len(data)))
-        cluster = header.cluster_bytes
-        meta.map.set("snapshot-table", _clusters(header.snapshots_offset, length, cluster))
-        await self._map_snapshots(meta)
-
-    async def _map_snapshots(self, meta: Metadata) -> None:
-        """Note where the tables of snapshots are, as far as the overlap checks want to know."""
-        cluster = self._header.cluster_bytes
-        l1_clusters: set[int] = set()
-        l2_clusters: set[int] = set()
-        for snapshot in self._snapshots:
-            length = snapshot.l1_entries * 8
-            if length > MAX_L1_BYTES or snapshot.l1_offset % cluster:
-                continue  # It can't be gone back to; it harms nobody as long as it is not.
-            l1_clusters.update(_clusters(snapshot.l1_offset, length, cluster))
-            if meta.map.wants("inactive-l2"):
-                for entry in mapping.parse_table(await meta.read(snapshot.l1_offset, length)):
-                    l2_clusters.add((entry & OFFSET) // cluster)
-        meta.map.set("inactive-l1", l1_clusters)
-        meta.map.set("inactive-l2", l2_clusters - {0})
-
     def _map_crypto_header(self, meta: Metadata) -> None:
         if self._cipher is not None:
             meta.header_clusters.update(self._cipher.header_clusters(self._header.cluster_bytes))
 
     async def _prepare_to_write(self, meta: Metadata, header: Header, settings: Settings) -> None:
         known = Autoclear.DATA_FILE_RAW
+        if header.bitmaps is not None:
+            known |= Autoclear.BITMAPS
+            await self._doubt_bitmaps()
         if header.autoclear & ~int(known):
             # Whoever set them relies on that nobody writes who does not keep their promises.
             header.autoclear &= int(known)
             await self.file.pwrite(AUTOCLEAR_POSITION, header.autoclear.to_bytes(8, "big"))
             await self.file.flush()
         if header.incompatible & Incompatible.DIRTY:
-            await rebuild_refcounts(meta, self._snapshots)
+            await rebuild_refcounts(meta, self._snapshots.entries, self._snapshots.table_bytes)
             await self._set_incompatible(header.incompatible & ~Incompatible.DIRTY)
         if settings.lazy_refcounts:
             meta.lazy = True
             meta.before_change = self._become_dirty
+
+    async def _doubt_bitmaps(self, *, resized: bool = False) -> None:
+        """See that nobody believes bitmaps which miss what is about to happen."""
+        bitmaps = self._header.bitmaps
+        if bitmaps is None:
+            return
+        length = min(bitmaps.directory_bytes, max(0, self.file.size - bitmaps.directory_offset))
+        directory = bytes(await self.file.pread(bitmaps.directory_offset, length))
+        doubted = not_to_be_believed(directory, resized=resized)
+        if doubted != directory:
+            await self.file.pwrite(bitmaps.directory_offset, doubted)
+            await self.file.flush()
 
     async def _become_dirty(self) -> None:
         """With lazy refcounts: the header says that the counts are not to be relied on."""
@@ -310,7 +292,7 @@ class Qcow2Node(Node):
         self._map_crypto_header(meta)
         try:
             await meta.load()
-            await self._map_snapshots(meta)
+            await self._snapshots.note_places(meta)
         except OSError as error:
             raise Error(f"Could not read qcow2 image: {error.strerror}") from None
         if self._external:
@@ -432,6 +414,16 @@ class Qcow2Node(Node):
         return self._header.encryption is not Encryption.NONE
 
     @property
+    def ejected(self) -> bool:
+        """After damage that makes every further request fail."""
+        return self._dead
+
+    @property
+    def lists_internal_snapshots(self) -> bool:
+        """Not if the data is in another file."""
+        return not self._external
+
+    @property
     def internal_snapshots(self) -> list[InternalSnapshot]:
         """The internal snapshots as all formats have them."""
         second = 1_000_000_000
@@ -444,13 +436,21 @@ class Qcow2Node(Node):
                 vm_clock=snapshot.guest_clock,
                 icount=snapshot.instructions,
             )
-            for snapshot in self._snapshots
+            for snapshot in self._snapshots.entries
         ]
 
-    @property
-    def snapshots(self) -> list[Snapshot]:
-        """The internal snapshots."""
-        return self._snapshots
+    async def create_internal_snapshot(self, name: str, now: float) -> InternalSnapshot:
+        """See `InternalSnapshots.create`."""
+        meta = self._alive()
+        await self._snapshots.create(meta, name, now, self._size)
+        return self.internal_snapshots[-1]
+
+    async def delete_internal_snapshot(self, snapshot_id: str) -> None:
+        """See `InternalSnapshots.delete`."""
+        meta = self._alive()
+        if self.read_only:
+            raise errno_error(errno.EPERM)
+        await self._snapshots.delete(meta, snapshot_id)
 
     def format_specific(self) -> dict[str, Any] | None:
         """ImageInfoSpecificQCow2."""
@@ -1340,10 +1340,11 @@ class Qcow2Node(Node):
             raise Error(f"offset({size}) exceeds maximum({MAX_SIZE})")
         if self._header.l1_entries_for(size) * 8 > MAX_L1_BYTES:
             raise Error("Failed to grow the L1 table: File too large")
-        if self._snapshots and self._header.version < 3:
+        if self._snapshots.entries and self._header.version < 3:
             raise Error("Can't resize a v2 image which has snapshots")
         old = self._size
         try:
+            await self._doubt_bitmaps(resized=size != old)
             # As long as this holds all clusters, nobody else writes.
             async with self._changing(0, 1 << 62):
                 if size < old:
@@ -1385,8 +1386,10 @@ class Qcow2Node(Node):
     async def _write_size(self, size: int) -> None:
         if self._external and self._header.raw_external_data:
             await self._data.truncate(size)
-        await self.file.pwrite(SIZE_POSITION, size.to_bytes(8, "big"))
-        await self._flush_both()
+        meta = self._alive()
+        await meta.data_barrier()
+        old = self._header.size
+        await meta.change_header(SIZE_POSITION, size.to_bytes(8, "big"), old.to_bytes(8, "big"))
 
     async def _cut(self, meta: Metadata, size: int, old: int) -> None:
         """Give up what is behind the new end, tables included."""
@@ -1417,15 +1420,20 @@ class Qcow2Node(Node):
         async with meta.allocating:
             place = await meta.take_in_one_piece(clusters)
         words = meta.l1.words + array("Q", bytes((needed - have) * 8))
-        # What is known in memory only is in neither table yet.
-        await meta.commit(refcounts_too=True)
-        await self.file.pwrite(
-            place, mapping.build_table(words).ljust(-(-needed * 8 // SECTOR) * SECTOR, b"\0"), grow=True
-        )
-        await self.file.flush()
-        fields = needed.to_bytes(4, "big") + place.to_bytes(8, "big")
-        await self.file.pwrite(L1_POSITION, fields)
-        await self.file.flush()
+        try:
+            # What is known in memory only is in neither table yet.
+            await meta.commit(refcounts_too=True)
+            table = mapping.build_table(words).ljust(-(-needed * 8 // SECTOR) * SECTOR, b"\0")
+            await self.file.pwrite(place, table, grow=True)
+            await self.file.flush()
+            await meta.change_header(
+                L1_POSITION,
+                needed.to_bytes(4, "big") + place.to_bytes(8, "big"),
+                self._header.l1_entries.to_bytes(4, "big") + self._header.l1_offset.to_bytes(8, "big"),
+            )
+        except BaseException:
+            meta.free(place, clusters << self._bits)
+            raise
         meta.free(self._header.l1_offset, have * 8)
         self._header.l1_entries, self._header.l1_offset = needed, place
         meta.l1 = WordTable(place, words)

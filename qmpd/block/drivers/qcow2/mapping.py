@@ -170,6 +170,18 @@ def compressed_place(entry: int, cluster_bits: int) -> CompressedPlace:
     return CompressedPlace(offset, (more_sectors + 1) * SECTOR - offset % SECTOR)
 
 
+def compressed_clusters(
+    entries: NDArray[np.uint64], cluster_bits: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The numbers of the first and of the last cluster of the file that each descriptor touches."""
+    bits = np.uint64(62 - (cluster_bits - 8))
+    offsets = entries & (np.uint64(1) << bits) - np.uint64(1)
+    more_sectors = (entries & np.uint64(COMPRESSED - 1)) >> bits
+    per_cluster = np.uint64((1 << cluster_bits) // SECTOR)
+    sectors = offsets // np.uint64(SECTOR)
+    return sectors // per_cluster, (sectors + more_sectors) // per_cluster
+
+
 def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
     """The descriptor of `length` bytes of compressed data at `offset`."""
     bits = 62 - (cluster_bits - 8)

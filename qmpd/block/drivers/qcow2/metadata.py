@@ -410,6 +410,8 @@ class Metadata:
         self.l1.set(l1_index, offset | mapping.COPIED)
         self.map.add("active-l2", offset // self.cluster_bytes)
         if old:
+            # A snapshot may have it still; when that goes, the cluster is anybody's.
+            self.map.remove("active-l2", old // self.cluster_bytes)
             self.free(old, self.cluster_bytes, table=True)
 
     # -- refcounts
@@ -439,6 +441,65 @@ class Metadata:
         index, within = divmod(cluster, self._block_entries)
         block = await self._block(index)
         return 0 if block is None else int(block.counts[within])
+
+    async def counts_of(self, clusters: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The counts of many clusters of the file, by their numbers."""
+        found = np.zeros(len(clusters), np.uint64)
+        indexes = clusters // np.uint64(self._block_entries)
+        for index in np.unique(indexes).tolist():
+            block = await self._block(index)
+            if block is not None:
+                chosen = indexes == index
+                within = (clusters[chosen] % np.uint64(self._block_entries)).astype(np.int64)
+                found[chosen] = block.counts[within]
+        return found
+
+    async def change_counts(
+        self, clusters: NDArray[np.uint64], change: int, *, discard: bool = False
+    ) -> None:
+        """Clusters have one user more or one less; `allocating` is held, and no request is under way.
+
+        :param clusters: their numbers, each as often as its count changes.
+        :param change: 1 or -1.
+        :param discard: the file may give back the space of those that have none any more.
+        :raise OSError: EINVAL if a count would not fit, EIO if a cluster is not counted at all, or what
+            the storage says; nothing has changed then.
+        """
+        if self.before_change is not None:
+            await self.before_change()
+        numbers, times = np.unique(clusters, return_counts=True)
+        limit = refcounts.highest(self.header.refcount_order)
+        indexes = numbers // np.uint64(self._block_entries)
+        done: list[int] = []
+        try:
+            for index in np.unique(indexes).tolist():
+                block = await self._block(index)
+                if block is None:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                chosen = indexes == index
+                within = (numbers[chosen] % np.uint64(self._block_entries)).astype(np.int64)
+                counts, by = block.counts[within].astype(np.uint64), times[chosen].astype(np.uint64)
+                if change > 0:
+                    if (by > limit).any() or (counts > np.uint64(limit) - by).any():
+                        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                    counts += by
+                else:
+                    counts -= np.minimum(counts, by)
+                    free = numbers[chosen][counts == 0]
+                    if len(free):
+                        if discard:
+                            await self._discard_clusters(free)
+                            block = await self._block(index)
+                            assert block is not None, "no refcount block ever goes"
+                        self._hint = min(self._hint, int(free[0]))
+                block.counts[within] = counts.astype(block.counts.dtype)
+                block.mark(int(within[0]), int(within[-1]) + 1)
+                done.append(index)
+        except BaseException:
+            if done:
+                changed = np.isin(clusters // np.uint64(self._block_entries), done)
+                await self.change_counts(clusters[changed], -change)
+            raise
 
     async def take(self, wanted: int) -> tuple[int, int, bool]:
         """Take the first free clusters; `allocating` is held.
@@ -615,8 +676,8 @@ class Metadata:
         old_offset = self.header.refcount_table_offset
         old_length = self.header.refcount_table_clusters * self.cluster_bytes
         place = table_offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
-        await self.file.pwrite(REFCOUNT_TABLE_POSITION, place)
-        await self._flush_file()
+        old_place = old_offset.to_bytes(8, "big") + self.header.refcount_table_clusters.to_bytes(4, "big")
+        await self.change_header(REFCOUNT_TABLE_POSITION, place, old_place)
         self.header.refcount_table_offset, self.header.refcount_table_clusters = table_offset, table_clusters
         self.table = WordTable(table_offset, words)
         self._used_end = max(self._used_end, (first + used) * self.cluster_bytes)
@@ -699,12 +760,9 @@ class Metadata:
         while self._quarantine and not self._quarantine[0][0].requests:
             _, freed = self._quarantine.popleft()
             for run in freed:
-                if run.discard:
-                    # As long as it is counted nobody else gets it.
-                    await self._discard(run.offset, run.length)
                 if run.table:
                     self._forget(run)
-                await self._lower(run.offset, run.length)
+                await self._lower(run.offset, run.length, discard=run.discard)
 
     async def _discard(self, offset: int, length: int) -> None:
         try:
@@ -714,12 +772,23 @@ class Metadata:
         except OSError:
             pass  # It was only an offer.
 
-    async def _lower(self, offset: int, length: int) -> None:
+    async def _discard_clusters(self, numbers: NDArray[np.uint64] | NDArray[np.int64]) -> None:
+        """Discard clusters; their numbers are sorted."""
+        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+            if len(run):
+                await self._discard(int(run[0]) * self.cluster_bytes, len(run) * self.cluster_bytes)
+
+    async def _lower(self, offset: int, length: int, *, discard: bool) -> None:
         cluster, end = offset // self.cluster_bytes, (offset + length) // self.cluster_bytes
         while cluster < end:
             index, within = divmod(cluster, self._block_entries)
             count = min(end - cluster, self._block_entries - within)
             block = await self._block(index)
+            if block is not None and discard:
+                # A snapshot may have them as well.  As long as one is counted nobody else gets it.
+                last_users = np.flatnonzero(block.counts[within : within + count] == 1)
+                await self._discard_clusters(last_users + cluster)
+                block = await self._block(index)
             if block is not None:
                 counts = block.counts[within : within + count]
                 counts -= (counts > 0).astype(counts.dtype)
@@ -803,6 +872,25 @@ class Metadata:
             await asyncio.gather(
                 *(self.file.pwrite(offset, data, grow=True) for offset, data in joined(writes))
             )
+
+    async def change_header(self, position: int, new: bytes, old: bytes) -> None:
+        """Write a field of the header that says where a table is, with a barrier.
+
+        If that fails the old one is put back, for the old table stays the one in use; if it is not known
+        which of them the storage has, nothing more is written.
+
+        :raise OSError: what the storage says.
+        """
+        try:
+            await self.file.pwrite(position, new)
+            await self._flush_file()
+        except BaseException:
+            try:
+                await self.file.pwrite(position, old)
+                await self._flush_file()
+            except OSError:
+                self._corrupt("The place of a table could not be written to the header", offset=position)
+            raise
 
     async def _flush_file(self) -> None:
         await self.file.flush()

@@ -90,6 +90,13 @@ class MetadataMap:
                 else:
                     insort(known, cluster)
 
+    def remove(self, section: str, cluster: int) -> None:
+        """There is no table of this section any more in that cluster."""
+        known = self._clusters.get(section, array("Q"))
+        position = bisect_left(known, cluster)
+        if position < len(known) and known[position] == cluster:
+            del known[position]
+
     def find(self, first: int, end: int, *, ignore: str | None = None) -> str | None:
         """The section of a table between the clusters `first` and `end`, or None."""
         position = bisect_left(self._all, first)

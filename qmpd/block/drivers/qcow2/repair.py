@@ -11,22 +11,20 @@ Source: qcow2 specification, sections "Host cluster management" and "Consistency
 from __future__ import annotations
 
 import errno
-import struct
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qmpd.block.drivers.qcow2 import mapping, refcounts
+from qmpd.block.drivers.qcow2.bitmaps import parse_directory
 from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES
 from qmpd.block.drivers.qcow2.metadata import Metadata
-from qmpd.block.drivers.qcow2.snapshots import Snapshot, build_table
+from qmpd.block.drivers.qcow2.snapshots import Snapshot
 from qmpd.block.node import errno_error
 
 #: An image file with more clusters than this is not counted: it is a sparse file made to be large.
 MAX_CLUSTERS: Final = 1 << 28
-
-_BITMAP: Final = struct.Struct(">QIIBBHI")
 
 
 class _Uses:
@@ -76,15 +74,14 @@ class _Uses:
             self.add(*mapping.compressed_place(entry, self.meta.header.cluster_bits))
 
 
-async def _used(meta: Metadata, snapshots: list[Snapshot]) -> NDArray[np.uint32]:
+async def _used(meta: Metadata, snapshots: list[Snapshot], table_bytes: int) -> NDArray[np.uint32]:
     header = meta.header
     uses = _Uses(meta)
     uses.add(0, 1)
     await uses.add_l1(header.l1_offset, header.l1_entries)
     for snapshot in snapshots:
         await uses.add_l1(snapshot.l1_offset, snapshot.l1_entries)
-    if snapshots:
-        uses.add(header.snapshots_offset, len(build_table(snapshots, header.size)))
+    uses.add(header.snapshots_offset, table_bytes)
     uses.add(header.refcount_table_offset, header.refcount_table_clusters * uses.cluster)
     table = np.frombuffer(meta.table.words, np.uint64) & np.uint64(refcounts.TABLE_OFFSET)
     uses.add_all(table)
@@ -97,23 +94,21 @@ async def _used(meta: Metadata, snapshots: list[Snapshot]) -> NDArray[np.uint32]
 
 async def _add_bitmaps(uses: _Uses, offset: int, length: int) -> None:
     uses.add(offset, length)
-    directory = bytes(await uses.meta.read(offset, length))
-    position = 0
-    while position + _BITMAP.size <= len(directory):
-        table, entries, _, _, _, name_length, extra = _BITMAP.unpack_from(directory, position)
-        position += -(-(_BITMAP.size + name_length + extra) // 8) * 8
+    for bitmap in parse_directory(bytes(await uses.meta.read(offset, length))):
+        table, entries = bitmap.table_offset, bitmap.table_entries
         if entries * 8 <= MAX_L1_BYTES and table % uses.cluster == 0:
             uses.add(table, entries * 8)
             words = mapping.parse_table(await uses.meta.read(table, entries * 8))
             uses.add_all(np.frombuffer(words, np.uint64) & np.uint64(mapping.OFFSET))
 
 
-async def rebuild_refcounts(meta: Metadata, snapshots: list[Snapshot]) -> None:
+async def rebuild_refcounts(meta: Metadata, snapshots: list[Snapshot], table_bytes: int) -> None:
     """Count everything, set the counts to that, and write them.
 
+    :param table_bytes: the length of the snapshot table.
     :raise OSError: what the storage says; EFBIG for a file too large to count.
     """
-    used = await _used(meta, snapshots)
+    used = await _used(meta, snapshots, table_bytes)
     await meta.set_refcounts(used)
     await meta.commit(refcounts_too=True)
     await meta.file.flush()

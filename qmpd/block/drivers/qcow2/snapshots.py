@@ -15,6 +15,8 @@ from qmpd.errors import Error
 MAX_TABLE_BYTES: Final = 1024 * 65536
 #: An entry's extra data has at most this many bytes, in what QEMU accepts.
 MAX_EXTRA_BYTES: Final = 1024
+#: QEMU cuts a name off after so many bytes.
+MAX_NAME_BYTES: Final = 255
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
 _VM_STATE: Final = struct.Struct(">Q")
