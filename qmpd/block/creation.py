@@ -34,5 +34,7 @@ async def disk_for(
     :raise Error: if it is not there, can't be opened, or somebody does not share it.
     """
     async with graph.borrow(reference) as node:
-        with Backend(graph, perm=PERMISSIONS, shared=shared).use(node) as backend:
+        with Backend(graph, perm=PERMISSIONS).use(node) as backend:
+            # Whoever does not share the node with us is complained of before those with whom we don't.
+            backend.set_permissions(PERMISSIONS, shared)
             yield backend

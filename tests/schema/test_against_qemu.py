@@ -50,19 +50,13 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     ("blockdev-add<file>", "aio-max-batch pr-manager x-check-cache-dropped", ORNAMENT),
     (
-        "blockdev-create.options<luks>.cipher-alg",
+        "blockdev-create.options<qcow2>.encrypt<luks>.cipher-alg",
         "3des cast5-128 des serpent-128 serpent-192 serpent-256 sm4 twofish-128 twofish-192 twofish-256",
         PRIMITIVES,
     ),
-    ("blockdev-create.options<luks>.cipher-mode", "ctr ecb", PRIMITIVES),
-    (
-        "blockdev-create.options<qcow2>",
-        "backing-file backing-fmt cluster-size compression-type data-file data-file-raw encrypt extended-l2 "
-        "file lazy-refcounts preallocation refcount-bits size version",
-        LATER,
-    ),
+    ("blockdev-create.options<qcow2>.encrypt<luks>.cipher-mode", "ctr ecb", PRIMITIVES),
+    ("blockdev-create.options<qcow2>.encrypt<luks>.ivgen-hash-alg", "ripemd160", PRIMITIVES),
     ("query-named-block-nodes ->[].image.format-specific<qcow2>.data", "bitmaps", CHAINS),
-    ("blockdev-create.options<luks>.ivgen-hash-alg", "ripemd160", PRIMITIVES),
     (
         "object-add.qom-type",
         "acpi-generic-initiator acpi-generic-port cryptodev-backend cryptodev-backend-builtin "

@@ -18,6 +18,7 @@ from qmpd.block.drivers.qcow2.header import (
     MAX_BACKING_NAME,
     MAX_CLUSTER_BITS,
     MAX_REFCOUNT_ORDER,
+    MAX_SIZE,
     MIN_CLUSTER_BITS,
     MIN_SUBCLUSTER,
     SUBCLUSTERS,
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_CLUSTER: Final = 64 << 10
 _DEFAULT_REFCOUNT_BITS: Final = 16
-
-#: The largest image, in bytes.
-_MAX_SIZE: Final = (1 << 63) - (1 << 30)
 
 #: Only images with clusters of at least so many bytes name their features.
 _MIN_CLUSTER_FOR_NAMES: Final = 8192
@@ -190,8 +188,8 @@ def new_header(options: _Options, data_file: str | None) -> Header:
 def _check_size(size: int) -> None:
     if size >= 1 << 63:
         raise Error("Could not resize image: Image size cannot be negative")
-    if size > _MAX_SIZE:
-        raise Error(f"Could not resize image: offset({size}) exceeds maximum({_MAX_SIZE})")
+    if size > MAX_SIZE:
+        raise Error(f"Could not resize image: offset({size}) exceeds maximum({MAX_SIZE})")
 
 
 def _check_room(header: Header) -> None:

@@ -24,6 +24,8 @@ from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
+import numpy as np
+
 from qmpd.block.change import Change
 from qmpd.block.drivers.qcow2 import mapping
 from qmpd.block.drivers.qcow2.compression import decompress
@@ -34,6 +36,7 @@ from qmpd.block.drivers.qcow2.header import (
     L1_POSITION,
     MAX_BACKING_NAME,
     MAX_L1_BYTES,
+    MAX_SIZE,
     SIZE_POSITION,
     SUBCLUSTERS,
     V2_BYTES,
@@ -67,6 +70,9 @@ _MERGED_ZEROES: Final = 64 << 10
 
 #: Tables of snapshots are read in pieces of so many bytes.
 _TABLE_PIECE: Final = 64 << 10
+
+#: Preallocated data is written in pieces of so many bytes.
+_PREALLOCATED: Final = 1 << 20
 
 
 class Run(NamedTuple):
@@ -1113,10 +1119,12 @@ class Qcow2Node(Node):
         meta = self._alive()
         if size % SECTOR:
             raise Error("The new size must be a multiple of 512")
-        if preallocation != "off":
-            if size < self._size:
-                raise Error("Preallocation can't be used for shrinking an image")
-            raise Error(f"Unsupported preallocation mode: {preallocation}")
+        if preallocation != "off" and size < self._size:
+            raise Error("Preallocation can't be used for shrinking an image")
+        if size > MAX_SIZE:
+            raise Error(f"offset({size}) exceeds maximum({MAX_SIZE})")
+        if self._header.l1_entries_for(size) * 8 > MAX_L1_BYTES:
+            raise Error("Failed to grow the L1 table: File too large")
         if self._snapshots and self._header.version < 3:
             raise Error("Can't resize a v2 image which has snapshots")
         old = self._size
@@ -1130,6 +1138,11 @@ class Qcow2Node(Node):
                     await self._grow(meta, size)
                 await self._write_size(size)
                 self._size = self._header.size = size
+                if size < old and not self._external:
+                    # The counts of what was cut off, then what they no longer hold.
+                    await meta.commit()
+                    async with meta.allocating:
+                        await meta.cut_file()
         except OSError as error:
             self._size = old
             raise Error(f"Failed to resize the image: {error.strerror}") from None
@@ -1138,6 +1151,21 @@ class Qcow2Node(Node):
         end = min(size, max(hidden, -(-old // self._cluster) * self._cluster))
         if old < end:
             await self.pwrite_zeroes(old, end - old)
+        if preallocation != "off":
+            await self._preallocate(old, size)
+
+    async def _preallocate(self, old: int, size: int) -> None:
+        """Give all that is new a place that is written: that no mode promises less is all that counts.
+
+        :raise Error: if there is no room; the disk has its old size then.
+        """
+        zeroes = memoryview(bytes(_PREALLOCATED))
+        try:
+            for start in range(old, size, _PREALLOCATED):
+                await self._pwrite(start, zeroes[: min(size - start, _PREALLOCATED)])
+        except OSError as error:
+            await self._truncate(old, "off")
+            raise Error(f"Could not preallocate data for the new image: {error.strerror}") from None
 
     async def _write_size(self, size: int) -> None:
         if self._external and self._header.raw_external_data:
@@ -1147,13 +1175,18 @@ class Qcow2Node(Node):
 
     async def _cut(self, meta: Metadata, size: int, old: int) -> None:
         """Give up what is behind the new end, tables included."""
-        start = -(-size // self._cluster) * self._cluster
-        while start < old:
-            start = await self._discard_some(meta, start, old, full=True)
+        first = -(-size // self._cluster) * self._cluster
+        table_bytes = self._header.l2_entries << self._bits
+        kept = self._header.l1_entries_for(size)
+        # Most of a large disk has no L2 tables at all.
+        for index in np.flatnonzero(np.frombuffer(meta.l1.words, np.uint64) & np.uint64(OFFSET)).tolist():
+            start, end = max(first, index * table_bytes), min(old, (index + 1) * table_bytes)
+            while start < end:
+                start = await self._discard_some(meta, start, end, full=True)
         await meta.commit()
-        for index in range(self._header.l1_entries_for(size), len(meta.l1.words)):
-            entry = meta.l1.words[index]
-            if entry & OFFSET:
+        for index in np.flatnonzero(np.frombuffer(meta.l1.words, np.uint64) & np.uint64(OFFSET)).tolist():
+            if index >= kept:
+                entry = meta.l1.words[index]
                 meta.l1.set(index, 0)
                 meta.free(entry & OFFSET, self._cluster, table=True)
         await meta.commit()
@@ -1165,8 +1198,6 @@ class Qcow2Node(Node):
         have = len(meta.l1.words)
         if needed <= have:
             return
-        if needed * 8 > MAX_L1_BYTES:
-            raise errno_error(errno.EFBIG)
         clusters = -(-needed * 8 // self._cluster)
         async with meta.allocating:
             place = await meta.take_in_one_piece(clusters)
@@ -1174,7 +1205,7 @@ class Qcow2Node(Node):
         # What is known in memory only is in neither table yet.
         await meta.commit(refcounts_too=True)
         await self.file.pwrite(
-            place, mapping.build_table(words).ljust(clusters << self._bits, b"\0"), grow=True
+            place, mapping.build_table(words).ljust(-(-needed * 8 // SECTOR) * SECTOR, b"\0"), grow=True
         )
         await self.file.flush()
         fields = needed.to_bytes(4, "big") + place.to_bytes(8, "big")

@@ -39,6 +39,8 @@ MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
 MAX_SNAPSHOTS: Final = 65536
 MAX_BACKING_NAME: Final = 1023
 MAX_REFCOUNT_ORDER: Final = 6
+#: The largest disk, in bytes, that can be asked for.
+MAX_SIZE: Final = (1 << 63) - (1 << 30)
 
 #: Offsets in the header of what changes while an image is in use.
 L1_POSITION: Final = 36

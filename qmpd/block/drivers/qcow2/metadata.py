@@ -41,6 +41,7 @@ from qmpd.block.drivers.qcow2.header import REFCOUNT_TABLE_POSITION, Header
 from qmpd.block.drivers.qcow2.overlap import SECTIONS, MetadataMap
 from qmpd.block.drivers.qcow2.settings import Settings
 from qmpd.block.node import Data, Node
+from qmpd.errors import Error
 
 #: Tables are written in whole sectors, so that a torn write leaves whole entries.
 SECTOR: Final = 512
@@ -640,6 +641,27 @@ class Metadata:
                     block.mark(int(changed[0]), int(changed[-1]) + 1)
 
     # -- giving up
+
+    async def cut_file(self) -> None:
+        """Let the file end where the last cluster does that anybody uses; `allocating` is held.
+
+        What was given up has to be on the storage.
+        """
+        end = 0
+        for index in range(len(self.table.words) - 1, -1, -1):
+            block = await self._block(index)
+            if block is None:
+                continue
+            used = np.flatnonzero(block.counts)
+            if len(used):
+                end = (index * self._block_entries + int(used[-1]) + 1) * self.cluster_bytes
+                break
+        if 0 < end < self.file.size:
+            self._used_end = end
+            try:
+                await self.file.truncate(end)
+            except (Error, OSError):
+                pass  # It is only longer than it has to be.
 
     def free(self, offset: int, length: int, *, discard: bool = False, table: bool = False) -> None:
         """The clusters that these bytes touch have one user less, as soon as the storage knows.
