@@ -50,12 +50,12 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     ("blockdev-add<file>", "aio-max-batch pr-manager x-check-cache-dropped", ORNAMENT),
     (
-        "blockdev-create.options<qcow2>.encrypt<luks>.cipher-alg",
+        "blockdev-create.options<luks>.cipher-alg",
         "3des cast5-128 des serpent-128 serpent-192 serpent-256 sm4 twofish-128 twofish-192 twofish-256",
         PRIMITIVES,
     ),
-    ("blockdev-create.options<qcow2>.encrypt<luks>.cipher-mode", "ctr ecb", PRIMITIVES),
-    ("blockdev-create.options<qcow2>.encrypt<luks>.ivgen-hash-alg", "ripemd160", PRIMITIVES),
+    ("blockdev-create.options<luks>.cipher-mode", "ctr ecb", PRIMITIVES),
+    ("blockdev-create.options<luks>.ivgen-hash-alg", "ripemd160", PRIMITIVES),
     ("query-named-block-nodes ->[].image.format-specific<qcow2>.data", "bitmaps", CHAINS),
     (
         "object-add.qom-type",
@@ -182,7 +182,7 @@ class Comparison:
         theirs = {member["name"]: member for member in their["members"]}
         self.only_ours |= {(place, name) for name in ours.keys() - theirs.keys()}
         self.only_theirs |= {(place, name) for name in theirs.keys() - ours.keys()}
-        for name in ours.keys() & theirs.keys():
+        for name in sorted(ours.keys() & theirs.keys()):
             features = ours[name].get("features"), theirs[name].get("features")
             self._same(f"{place}.{name}", "features", *features)
         self._same(place, "order", [n for n in ours if n in theirs], [n for n in theirs if n in ours])
@@ -192,7 +192,7 @@ class Comparison:
         ours = {self._kind(self.ours[member["type"]]): member["type"] for member in our["members"]}
         theirs = {self._kind(self.theirs[member["type"]]): member["type"] for member in their["members"]}
         self._same(place, "alternatives", sorted(ours), sorted(theirs))
-        for kind in ours.keys() & theirs.keys():
+        for kind in sorted(ours.keys() & theirs.keys()):
             self.types(place, ours[kind], theirs[kind])
 
     def _objects(self, place: str, our: Entity, their: Entity) -> None:
@@ -207,7 +207,7 @@ class Comparison:
         theirs = {variant["case"]: variant["type"] for variant in their.get("variants", ())}
         if ours:
             self._same(place, "tag", our.get("tag"), their.get("tag"))
-            for case in ours.keys() & theirs.keys():  # the others are found as values of the tag
+            for case in sorted(ours.keys() & theirs.keys()):  # the others are found as values of the tag
                 self.types(f"{place}<{case}>", ours[case], theirs[case])
         else:
             filled = {case for case, name in theirs.items() if self.theirs[name]["members"]}
