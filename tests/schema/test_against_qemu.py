@@ -55,8 +55,8 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         PRIMITIVES,
     ),
     ("blockdev-create.options<luks>.cipher-mode", "ctr ecb", PRIMITIVES),
-    ("query-named-block-nodes ->[].image.format-specific<qcow2>.data", "bitmaps", CHAINS),
     ("blockdev-create.options<luks>.ivgen-hash-alg", "ripemd160", PRIMITIVES),
+    ("query-named-block-nodes ->[].image.format-specific<qcow2>.data", "bitmaps", CHAINS),
     (
         "object-add.qom-type",
         "acpi-generic-initiator acpi-generic-port cryptodev-backend cryptodev-backend-builtin "
