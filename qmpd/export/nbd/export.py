@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from qmpd.block.backend import Backend
+from qmpd.block.node import BlockStatus
 from qmpd.export.nbd import wire
 from qmpd.export.nbd.handshake import Offer
 
@@ -70,15 +71,25 @@ class NBDExport:
         """
         start, end = self._data
         if not start <= offset < end:
-            # The disk may have become shorter.
-            ask = max(length, self.backend.size - offset)
-            status = await self.backend.block_status(offset, ask)
+            status = await self._status(offset, length)
             if status.zero:
                 return min(length, status.length), True
             joined = offset <= start <= offset + status.length
             end = max(end, offset + status.length) if joined else offset + status.length
             self._data = offset, end
         return min(length, end - offset), False
+
+    async def _status(self, offset: int, length: int) -> BlockStatus:
+        """What is known about the bytes from `offset` on, as far as that goes."""
+        while True:
+            size = self.backend.size
+            try:
+                # At least what was asked for: the disk may be shorter by now, and then that is an error.
+                return await self.backend.block_status(offset, max(length, size - offset))
+            except OSError:
+                # It may have become shorter while this waited for the end of the change.
+                if self.backend.size >= size:
+                    raise
 
     def is_data(self, offset: int, length: int) -> bool:
         """Whether these bytes were no hole when they were last asked about."""
