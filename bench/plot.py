@@ -37,7 +37,7 @@ def draw(results: Sequence[Measured], peers: Sequence[str], file: Path) -> None:
     named = {}  # one legend for all panels, of which not all have aims
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            named[label] = handle
+            named.setdefault(label, handle)
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=len(named), fontsize=9)
     figure.suptitle(f"Throughput as a ratio to {STORAGE_DAEMON}'s in the same round (log scale)", fontsize=11)
     figure.savefig(file, format="png", dpi=110)
