@@ -83,9 +83,9 @@ VISITOR: Final = """
 import sys, nbd
 h = nbd.NBD()
 h.connect_uri(sys.argv[1])
-print("in", flush=True)
 data = b"v" * 65536
 h.pwrite(data, 65536)
+print("in", flush=True)
 while True:
     try:
         found = h.pread(65536, 65536)
