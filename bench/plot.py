@@ -34,7 +34,7 @@ def draw(results: Sequence[Measured], peers: Sequence[str], file: Path) -> None:
     figure = Figure(figsize=(6.2 * len(shown), height), layout="constrained")
     for axes, result in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         _panel(axes, result, programs)
-    named = {}  # one legend for all panels, of which not all have aims
+    named: dict[str, Any] = {}  # one legend for all panels, of which not all have aims
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
