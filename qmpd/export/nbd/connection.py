@@ -420,12 +420,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _failure(self, request: Request, error: Exception) -> bytes:
         """The reply to a request that failed."""
-        if isinstance(error, OSError):
-            number = wire.error_number(error)
-        else:
-            _logger.error("an NBD request failed: %r", request[:5], exc_info=error)
-            number = wire.EIO
-        return self._dialect.error(request, number, _FAILURES[request.command])
+        return self._dialect.error(request, _number_of(error, request), _FAILURES[request.command])
 
     def _begin_long(self, request: Request) -> None:
         """Take note of a write whose payload follows, or begin with a piece of it."""
@@ -498,11 +493,8 @@ class Connection(asyncio.BufferedProtocol):
         """Write a piece; after the last one answer."""
         try:
             await self._used.backend.pwrite(piece.offset, piece.payload, counted=False)
-        except OSError as error:
-            long.fail(wire.error_number(error), _FAILURES[wire.CMD_WRITE])
-        except Exception:
-            _logger.exception("an NBD request failed: %r", piece[:5])
-            long.fail(wire.EIO, _FAILURES[wire.CMD_WRITE])
+        except Exception as error:
+            long.fail(_number_of(error, piece), _FAILURES[wire.CMD_WRITE])
         finally:
             long.under_way -= 1
             self._share.give(piece.length)
@@ -696,6 +688,14 @@ _SERVERS: Final[Mapping[int, Callable[[Connection, Request], Awaitable[None]]]] 
     wire.CMD_BLOCK_STATUS: Connection._block_status,
     LONG | wire.CMD_WRITE: Connection._written,
 }
+
+
+def _number_of(error: Exception, request: Request) -> int:
+    """The error on the wire for what went wrong; what nobody expected is logged."""
+    if isinstance(error, OSError):
+        return wire.error_number(error)
+    _logger.error("an NBD request failed: %r", request[:5], exc_info=error)
+    return wire.EIO
 
 
 def _base_allocation(status: BlockStatus) -> int:

@@ -68,15 +68,19 @@ class Corruption(Protocol):
         """Report it, and raise OSError."""
 
 
-class L2Slice:
-    """A piece of an L2 table in memory."""
+class _Table:
+    """A piece of a table in memory, and which of its entries the storage has not.
 
-    __slots__ = ("dirty_end", "dirty_first", "offset", "sound", "words", "writing")
+    :param offset: where it is in the file, in bytes.
+    :param entries: how many entries it has.
+    """
 
-    def __init__(self, offset: int, words: array[int]) -> None:
+    __slots__ = ("dirty_end", "dirty_first", "entries", "offset", "sound", "writing")
+
+    def __init__(self, offset: int, entries: int) -> None:
         self.offset = offset
-        self.words = words
-        self.dirty_first = len(words)
+        self.entries = entries
+        self.dirty_first = entries
         self.dirty_end = 0
         #: A commit is under way with it.
         self.writing = False
@@ -89,51 +93,46 @@ class L2Slice:
         return self.dirty_first < self.dirty_end
 
     def mark(self, first: int, end: int) -> None:
-        """The words from `first` up to `end` were changed."""
+        """The entries from `first` up to `end` were changed."""
         self.dirty_first = min(self.dirty_first, first)
         self.dirty_end = max(self.dirty_end, end)
 
-    def take(self) -> tuple[int, bytes]:
-        """What is to be written where; it counts as written from now on."""
-        per_sector = SECTOR // _WORD
+    def _take_entries(self, per_sector: int) -> tuple[int, int]:
+        """The entries of the sectors that were changed; they count as written from now on."""
         first = self.dirty_first // per_sector * per_sector
         end = -(-self.dirty_end // per_sector) * per_sector
-        self.dirty_first, self.dirty_end = len(self.words), 0
+        self.dirty_first, self.dirty_end = self.entries, 0
+        return first, end
+
+
+class L2Slice(_Table):
+    """A piece of an L2 table in memory."""
+
+    __slots__ = ("words",)
+
+    def __init__(self, offset: int, words: array[int]) -> None:
+        super().__init__(offset, len(words))
+        self.words = words
+
+    def take(self) -> tuple[int, bytes]:
+        """What is to be written where; it counts as written from now on."""
+        first, end = self._take_entries(SECTOR // _WORD)
         return self.offset + first * _WORD, mapping.build_table(self.words[first:end])
 
 
-class RefcountBlock:
+class RefcountBlock(_Table):
     """A refcount block in memory."""
 
-    __slots__ = ("counts", "dirty_end", "dirty_first", "offset", "order", "sound", "writing")
+    __slots__ = ("counts", "order")
 
     def __init__(self, offset: int, counts: refcounts.Counts, order: int) -> None:
-        self.offset = offset
+        super().__init__(offset, len(counts))
         self.counts = counts
         self.order = order
-        self.dirty_first = len(counts)
-        self.dirty_end = 0
-        #: A commit is under way with it.
-        self.writing = False
-        #: There is no other table in its place.
-        self.sound = False
-
-    @property
-    def dirty(self) -> bool:
-        """Whether the storage has something else."""
-        return self.dirty_first < self.dirty_end
-
-    def mark(self, first: int, end: int) -> None:
-        """The counts from `first` up to `end` were changed."""
-        self.dirty_first = min(self.dirty_first, first)
-        self.dirty_end = max(self.dirty_end, end)
 
     def take(self) -> tuple[int, bytes]:
         """What is to be written where; it counts as written from now on."""
-        per_sector = SECTOR * 8 >> self.order
-        first = self.dirty_first // per_sector * per_sector
-        end = -(-self.dirty_end // per_sector) * per_sector
-        self.dirty_first, self.dirty_end = len(self.counts), 0
+        first, end = self._take_entries(SECTOR * 8 >> self.order)
         data = refcounts.build_block(self.counts[first:end], self.order)
         return self.offset + (first << self.order) // 8, data
 
