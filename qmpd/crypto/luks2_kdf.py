@@ -1,0 +1,149 @@
+"""The key derivation functions of LUKS2: PBKDF2, argon2i and argon2id.
+
+Every function here may take long and releases the interpreter lock while it
+does: call it in a worker thread.
+
+Source: LUKS2 On-Disk Format Specification 1.1, section 3.2.3; RFC 9106.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from argon2.exceptions import HashingError
+from argon2.low_level import ARGON2_VERSION, Type, hash_secret_raw
+
+from qmpd.crypto import kdf
+from qmpd.crypto.sectors import Buffer
+from qmpd.errors import Error
+
+#: What cryptsetup allows: the least and the most of each cost.
+MIN_TIME: Final = 4
+MIN_MEMORY: Final = 32
+MAX_MEMORY: Final = 4 << 20
+MAX_CPUS: Final = 4
+
+#: The memory of a new key, in KiB, if nothing is said (cryptsetup's).
+DEFAULT_MEMORY: Final = 1 << 20
+
+#: More passes over the memory, counted in KiB, than this are refused: some hours.
+MAX_WORK: Final = 1 << 36
+
+_TYPES: Final = {"argon2i": Type.I, "argon2id": Type.ID}
+
+_TRIAL_SALT: Final = bytes(32)
+
+#: A measurement shorter than this (in seconds) says too little.
+_MEASURED_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Kdf:
+    """A key derivation function with its costs.
+
+    :param kind: "pbkdf2", "argon2i" or "argon2id".
+    :param iterations: of PBKDF2, or passes over argon2's memory.
+    :param hash_name: of PBKDF2.
+    :param memory: argon2's, in KiB.
+    :param cpus: argon2's lanes, each of which may have a thread.
+    """
+
+    kind: str
+    salt: bytes = field(repr=False)
+    iterations: int
+    hash_name: str = "sha256"
+    memory: int = 0
+    cpus: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a derivation takes."""
+        return self.memory << 10
+
+    def check(self) -> None:
+        """Refuse costs that nobody can want.
+
+        :raise Error: which.
+        """
+        if self.kind == "pbkdf2":
+            if self.iterations > kdf.MAX_ITERATIONS:
+                raise Error(
+                    f"PBKDF2 iteration count {self.iterations} is more than the {kdf.MAX_ITERATIONS} allowed"
+                )
+        elif self.memory < 8 * self.cpus:
+            raise Error(f"argon2 with {self.cpus} lanes needs more memory than {self.memory} KiB")
+        elif self.memory * self.iterations > MAX_WORK:
+            raise Error(f"argon2 with {self.memory} KiB and {self.iterations} passes takes too long")
+
+    def derive(self, password: Buffer, length: int) -> bytearray:
+        """Derive a key of `length` bytes, as a buffer that can be wiped.
+
+        :raise Error: the costs are out of bounds, or there is not enough memory.
+        """
+        self.check()
+        if self.kind == "pbkdf2":
+            return kdf.pbkdf2(self.hash_name, memoryview(password), self.salt, self.iterations, length)
+        try:
+            return bytearray(
+                hash_secret_raw(
+                    bytes(password),
+                    self.salt,
+                    self.iterations,
+                    self.memory,
+                    self.cpus,
+                    length,
+                    _TYPES[self.kind],
+                    ARGON2_VERSION,
+                )
+            )
+        except HashingError as error:
+            raise Error(f"argon2 failed: {error}") from None
+
+    def parameters(self) -> dict[str, Any]:
+        """The costs by their names in the metadata, with the type and without the salt."""
+        if self.kind == "pbkdf2":
+            return {"type": self.kind, "hash": self.hash_name, "iterations": self.iterations}
+        return {"type": self.kind, "time": self.iterations, "memory": self.memory, "cpus": self.cpus}
+
+
+def calibrate(
+    kind: str,
+    milliseconds: int,
+    key_bytes: int,
+    *,
+    hash_name: str = "sha256",
+    memory: int = DEFAULT_MEMORY,
+    cpus: int = MAX_CPUS,
+) -> Kdf:
+    """Choose costs that take `milliseconds` here.
+
+    As cryptsetup does it, argon2 gets as much memory as fits into the time with the fewest passes,
+    and more passes when it has all that it may have.
+
+    :param memory: the most that it may have, in KiB.
+    :param cpus: lanes.
+    :returns: the costs, with a salt that is none.
+    """
+    if kind == "pbkdf2":
+        return Kdf(kind, _TRIAL_SALT, kdf.calibrate(hash_name, milliseconds, key_bytes), hash_name)
+    wanted = milliseconds / 1000
+    trial = Kdf(kind, _TRIAL_SALT, MIN_TIME, memory=min(memory, 1 << 16), cpus=cpus)
+    seconds = _seconds(trial, key_bytes)
+    while seconds < min(_MEASURED_SECONDS, wanted / 2) and trial.memory < memory:
+        trial = replace(trial, memory=min(memory, trial.memory * 4))
+        seconds = _seconds(trial, key_bytes)
+    fitting = int(trial.memory * wanted / seconds)
+    least = max(MIN_MEMORY, 8 * cpus)
+    chosen = replace(trial, memory=max(least, min(fitting, memory)))
+    if fitting > memory:
+        passes = int(MIN_TIME * wanted / (seconds * memory / trial.memory))
+        chosen = replace(chosen, iterations=max(MIN_TIME, passes))
+    return chosen
+
+
+def _seconds(trial: Kdf, key_bytes: int) -> float:
+    start = time.perf_counter()
+    trial.derive(b"password", key_bytes)
+    return max(time.perf_counter() - start, 1e-6)
