@@ -12,6 +12,7 @@ from typing import Final
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 
 from qmpd.crypto import digests
+from qmpd.crypto.memory import Buffer, overwrite
 
 #: No key is made with fewer iterations than this, however little time was asked for
 #: (LUKS1 On-Disk Format Specification 1.2.3, section 3.3: at least 1000).
@@ -26,22 +27,27 @@ MAX_ITERATIONS: Final = 1_000_000_000
 _MEASURED_SECONDS: Final = 0.05
 
 
-def pbkdf2(
-    hash_name: str, password: bytes | bytearray | memoryview, salt: bytes, iterations: int, length: int
-) -> bytearray:
-    """Derive `length` bytes from `password` (RFC 8018, section 5.2), as a buffer that can be wiped.
+def pbkdf2_into(hash_name: str, password: Buffer, salt: bytes, iterations: int, into: memoryview) -> None:
+    """Derive as many bytes from `password` as `into` has (RFC 8018, section 5.2).
 
     :raise Error: no such hash.
     """
     # A derivation object serves once only.
-    function = PBKDF2HMAC(digests.algorithm(hash_name), length, salt, iterations)
+    function = PBKDF2HMAC(digests.algorithm(hash_name), len(into), salt, iterations)
     # The package takes any buffer here, but says bytes in its types.
     secret: bytes = password  # type: ignore[assignment]
-    derived = bytearray(length)
     if hasattr(function, "derive_into"):
-        function.derive_into(secret, derived)
+        function.derive_into(secret, into)
     else:  # cryptography before 47
-        derived[:] = function.derive(secret)
+        derived = function.derive(secret)
+        into[:] = derived
+        overwrite(derived)
+
+
+def pbkdf2(hash_name: str, password: Buffer, salt: bytes, iterations: int, length: int) -> bytearray:
+    """Derive `length` bytes that are no secret; otherwise as :func:`pbkdf2_into`."""
+    derived = bytearray(length)
+    pbkdf2_into(hash_name, password, salt, iterations, memoryview(derived))
     return derived
 
 

@@ -54,14 +54,16 @@ import hmac
 import os
 import struct
 import uuid as uuids
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Final
 
 from qmpd.crypto import antiforensic, kdf
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.sectors import SECTOR, Buffer, SectorCipher
+from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite
+from qmpd.crypto.sectors import SECTOR, SectorCipher
 from qmpd.errors import Error
 
 __all__ = [
@@ -291,18 +293,23 @@ def _parse_slots(raw: bytes, key_bytes: int, payload_offset: int | None) -> tupl
 class VolumeKey:
     """A volume key, and the duty to wipe it: a context manager that wipes on the way out.
 
-    :param key: the bytes.  A bytearray is taken over, and wiped later; anything else is copied.
+    :param key: the bytes.  A buffer of key memory is taken over, and wiped later; anything else is copied.
     """
 
     __slots__ = ("_bytes",)
 
-    def __init__(self, key: Buffer) -> None:
-        self._bytes = key if isinstance(key, bytearray) else bytearray(key)
+    def __init__(self, key: KeyBuffer | Buffer) -> None:
+        self._bytes = key if isinstance(key, KeyBuffer) else KeyMemory().copy_of(key)
 
     @property
     def data(self) -> memoryview:
         """The key, not to be kept: it becomes zeros."""
-        return memoryview(self._bytes).toreadonly()
+        return self._bytes.data.toreadonly()
+
+    @property
+    def locked(self) -> bool:
+        """Whether it is locked in memory."""
+        return self._bytes.locked
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -312,7 +319,7 @@ class VolumeKey:
 
     def wipe(self) -> None:
         """Overwrite the key with zeros.  May be called again."""
-        self._bytes[:] = bytes(len(self._bytes))
+        self._bytes.wipe()
 
     def __enter__(self) -> VolumeKey:
         return self
@@ -333,7 +340,8 @@ def unlock_slot(
     material: Buffer,
     *,
     max_iterations: int = kdf.MAX_ITERATIONS,
-) -> bytearray | None:
+    memory: KeyMemory | None = None,
+) -> KeyBuffer | None:
     """Try a passphrase on one keyslot (specification, section 4.3 and figure 5).
 
     It may take long and releases the interpreter lock: call it in a worker thread.
@@ -344,6 +352,7 @@ def unlock_slot(
     :param material: the bytes at :meth:`Header.material_extent`; if the volume
         ends before, what is missing counts as zeros.
     :param max_iterations: refuse to derive a key with more.
+    :param memory: where the volume key is to be; by default in a page of its own.
     :returns: the volume key, for the caller to wipe, or None: the slot is not
         active, or the passphrase is not the one.
     :raise Error: more iterations than `max_iterations`.
@@ -359,27 +368,31 @@ def unlock_slot(
             raise Error(f"{what} iteration count {iterations} is more than the {max_iterations} allowed")
     _, length = header.material_extent(slot)
     material = bytes(material[:length]).ljust(length, b"\0")
-    derived = kdf.pbkdf2(header.hash_name, password, keyslot.salt, keyslot.iterations, header.key_bytes)
-    cipher = SectorCipher(header.spec, derived)
-    stripes = bytearray(length)
-    try:
-        cipher.decrypt_into(material, 0, stripes)
-        key = antiforensic.merge(header.hash_name, stripes, header.key_bytes, keyslot.stripes)
-    finally:
-        cipher.close()
-        _wipe(derived)
-        _wipe(stripes)
+    with _slot_cipher(header, slot, password) as cipher, KeyMemory().take(length) as stripes:
+        cipher.decrypt_into(material, 0, stripes.data)
+        key = antiforensic.merge(
+            header.hash_name, stripes.data, header.key_bytes, keyslot.stripes, memory
+        )
     digest = kdf.pbkdf2(
-        header.hash_name, key, header.digest_salt, header.digest_iterations, len(header.digest)
+        header.hash_name, key.data, header.digest_salt, header.digest_iterations, len(header.digest)
     )
     if hmac.compare_digest(digest, header.digest):
         return key
-    _wipe(key)
+    key.wipe()
     return None
 
 
-def _wipe(buffer: bytearray) -> None:
-    buffer[:] = bytes(len(buffer))
+@contextmanager
+def _slot_cipher(header: Header, slot: int, password: Buffer) -> Iterator[SectorCipher]:
+    """The cipher of a slot's key material, with the key that `password` gives."""
+    keyslot = header.slots[slot]
+    with KeyMemory().take(header.key_bytes) as derived:
+        kdf.pbkdf2_into(header.hash_name, password, keyslot.salt, keyslot.iterations, derived.data)
+        cipher = SectorCipher(header.spec, derived.data, secret_data=True)
+    try:
+        yield cipher
+    finally:
+        cipher.close()
 
 
 @dataclass(frozen=True)
@@ -461,26 +474,15 @@ def format_plan(
     :param slot_iterations: see :func:`iterations_for`; so is `digest_iterations`.
     :param detached: the payload is elsewhere and begins at 0.
     :param uuid: as text; a random one if it is left out.
-    :param random: gives as many random bytes as it is asked for.
+    :param random: gives as many random bytes as it is asked for; those of keys are overwritten.
     :returns: the header, the volume key for the caller to wipe, and what to
         write to the header's volume in this order.
     :raise Error: no such hash.
     """
     blank = new_header(spec, hash_name, detached=detached, uuid=uuid)
-    key = bytearray(random(spec.key_bytes))
+    key = _random_key(spec.key_bytes, random)
     digest_salt, slot_salt = random(SALT_BYTES), random(SALT_BYTES)
-    digest = kdf.pbkdf2(hash_name, key, digest_salt, digest_iterations, DIGEST_BYTES)
-    derived = kdf.pbkdf2(hash_name, password, slot_salt, slot_iterations, spec.key_bytes)
-    material = antiforensic.split(hash_name, key, STRIPES, random)
-    offset, length = blank.material_extent(0)
-    material.extend(bytes(length - len(material)))
-    cipher = SectorCipher(spec, derived)
-    try:
-        encrypted = bytes(cipher.encrypt(material, 0))
-    finally:
-        cipher.close()
-        _wipe(derived)
-        _wipe(material)
+    digest = kdf.pbkdf2(hash_name, key.data, digest_salt, digest_iterations, DIGEST_BYTES)
     first_slot = replace(blank.slots[0], active=True, iterations=slot_iterations, salt=slot_salt)
     header = replace(
         blank,
@@ -489,6 +491,12 @@ def format_plan(
         digest_iterations=digest_iterations,
         slots=(first_slot, *blank.slots[1:]),
     )
+    offset, length = header.material_extent(0)
+    with (
+        _slot_cipher(header, 0, password) as cipher,
+        antiforensic.split(hash_name, key.data, STRIPES, random, length=length) as material,
+    ):
+        encrypted = bytes(cipher.encrypt(material.data, 0))
     area = _aligned(_sectors(HEADER_BYTES)) * SECTOR
     plan: list[Write | Barrier] = [
         Write(0, bytes(area)),
@@ -499,3 +507,11 @@ def format_plan(
         Barrier(),
     ]
     return header, VolumeKey(key), plan
+
+
+def _random_key(length: int, random: Callable[[int], bytes]) -> KeyBuffer:
+    key = KeyMemory().take(length)
+    drawn = random(length)
+    key.data[:] = drawn
+    overwrite(drawn)
+    return key
