@@ -63,23 +63,25 @@ from typing import Final
 from qmpd.crypto import antiforensic, kdf
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite
+from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.sectors import SECTOR, SectorCipher
 from qmpd.errors import Error
 
 __all__ = [
     "HEADER_BYTES",
     "INVALID_PASSWORD",
+    "SALT_BYTES",
     "SECTOR",
     "SLOTS",
     "STRIPES",
-    "Barrier",
     "Header",
     "Keyslot",
     "VolumeKey",
-    "Write",
     "format_plan",
     "iterations_for",
     "new_header",
+    "seal",
+    "slot_extent",
     "unlock_slot",
 ]
 
@@ -110,6 +112,11 @@ _HEADER: Final = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _SLOT: Final = struct.Struct(">II32sII")
 
 
+def slot_extent(number: int) -> tuple[int, int]:
+    """Return ``(offset, length)`` of the description of slot `number` in the header, in bytes."""
+    return _HEADER.size + number * _SLOT.size, _SLOT.size
+
+
 def _sectors(length: int) -> int:
     return -(-length // SECTOR)
 
@@ -134,6 +141,11 @@ class Keyslot:
     salt: bytes = field(repr=False)
     key_offset: int
     stripes: int = STRIPES
+
+    def pack(self) -> bytes:
+        """Return the slot's 48 bytes in the header."""
+        state = _ACTIVE if self.active else _DISABLED
+        return _SLOT.pack(state, self.iterations, self.salt, self.key_offset, self.stripes)
 
 
 @dataclass(frozen=True)
@@ -217,16 +229,16 @@ class Header:
             self.digest_salt,
             self.digest_iterations,
             self.uuid.encode()[:40],
-        ) + b"".join(
-            _SLOT.pack(
-                _ACTIVE if slot.active else _DISABLED,
-                slot.iterations,
-                slot.salt,
-                slot.key_offset,
-                slot.stripes,
-            )
-            for slot in self.slots
-        )
+        ) + b"".join(slot.pack() for slot in self.slots)
+
+    def with_slot(self, number: int, slot: Keyslot) -> Header:
+        """Return the same header with another slot of this number."""
+        return replace(self, slots=(*self.slots[:number], slot, *self.slots[number + 1 :]))
+
+    @property
+    def active_slots(self) -> list[int]:
+        """The numbers of the slots that hold a key."""
+        return [number for number, slot in enumerate(self.slots) if slot.active]
 
     @property
     def spec(self) -> CipherSpec:
@@ -395,19 +407,6 @@ def _slot_cipher(header: Header, slot: int, password: Buffer) -> Iterator[Sector
         cipher.close()
 
 
-@dataclass(frozen=True)
-class Write:
-    """Put `data` at byte `offset` of the header's volume."""
-
-    offset: int
-    data: bytes = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """What was written before must be on the disk before what comes after is written."""
-
-
 def iterations_for(hash_name: str, key_bytes: int, milliseconds: int) -> tuple[int, int]:
     """Return the PBKDF2 iterations of a keyslot and of the digest that a creation should take.
 
@@ -461,7 +460,7 @@ def format_plan(
     detached: bool = False,
     uuid: str | None = None,
     random: Callable[[int], bytes] = os.urandom,
-) -> tuple[Header, VolumeKey, list[Write | Barrier]]:
+) -> tuple[Header, VolumeKey, Plan]:
     """Make a volume key and a header with `password` in slot 0 (specification, section 4.1).
 
     The first write takes away whatever header was there, and the last one
@@ -489,24 +488,44 @@ def format_plan(
         digest=bytes(digest),
         digest_salt=digest_salt,
         digest_iterations=digest_iterations,
-        slots=(first_slot, *blank.slots[1:]),
-    )
-    offset, length = header.material_extent(0)
-    with (
-        _slot_cipher(header, 0, password) as cipher,
-        antiforensic.split(hash_name, key.data, STRIPES, random, length=length) as material,
-    ):
-        encrypted = bytes(cipher.encrypt(material.data, 0))
+    ).with_slot(0, first_slot)
+    material = seal(header, 0, key.data, password, random)
     area = _aligned(_sectors(HEADER_BYTES)) * SECTOR
-    plan: list[Write | Barrier] = [
+    plan: Plan = [
         Write(0, bytes(area)),
         Barrier(),
-        Write(offset, encrypted),
+        Write(header.material_extent(0)[0], material),
         Barrier(),
         Write(0, header.pack().ljust(area, b"\0")),
         Barrier(),
     ]
     return header, VolumeKey(key), plan
+
+
+def seal(
+    header: Header,
+    slot: int,
+    key: Buffer,
+    password: Buffer,
+    random: Callable[[int], bytes] = os.urandom,
+) -> bytes:
+    """Make the key material with which `password` opens a keyslot (specification, section 4.1 and figure 3).
+
+    It may take long and releases the interpreter lock: call it in a worker thread.
+
+    :param header: salt and iterations of the slot are the ones to use.
+    :param slot: the slot's number.
+    :param key: the volume key.
+    :param random: gives as many random bytes as it is asked for.
+    :returns: what belongs at :meth:`Header.material_extent`.
+    """
+    _, length = header.material_extent(slot)
+    stripes = header.slots[slot].stripes
+    with (
+        _slot_cipher(header, slot, password) as cipher,
+        antiforensic.split(header.hash_name, key, stripes, random, length=length) as material,
+    ):
+        return bytes(cipher.encrypt(material.data, 0))
 
 
 def _random_key(length: int, random: Callable[[int], bytes]) -> KeyBuffer:
