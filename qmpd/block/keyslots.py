@@ -189,10 +189,10 @@ async def _activation(
         password = graph.secrets(options["new-secret"])
         try:
             iterations = await graph.in_key_thread(
-                kdf.calibrate, header.hash_name, iter_time, header.key_bytes
+                kdf.calibrating(header.hash_name, iter_time, header.key_bytes)
             )
             return await graph.in_key_thread(
-                luks1_keyslots.activate_plan, header, sectors, slots, key.data, password, iterations
+                luks1_keyslots.activating(header, sectors, slots, key.data, password, iterations)
             )
         finally:
             password[:] = bytes(len(password))
