@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Plan
 from qmpd.crypto.sectors import SectorCipher
 from qmpd.errors import Error
@@ -100,17 +101,14 @@ async def unlock(
     :returns: the header, and the cipher of its volume key, for the caller to close.
     :raise Error: in QEMU's words.
     """
-    password = password_for(graph, options, prefix)
-    try:
+    with password_for(graph, options, prefix) as password:
         header = luks1.Header.parse(await area.read(0, luks1.HEADER_BYTES), detached=detached)
         with await find_key(graph, area, header, password) as key:
-            return header, SectorCipher(header.spec, key.data)
-    finally:
-        password[:] = bytes(len(password))
+            return header, SectorCipher(header.spec, key.data, memory=graph.key_memory)
 
 
 async def find_key(
-    graph: Graph, area: HeaderArea, header: luks1.Header, password: bytearray
+    graph: Graph, area: HeaderArea, header: luks1.Header, password: KeyBuffer
 ) -> luks1.VolumeKey:
     """The volume key, from the first keyslot that `password` opens.
 
@@ -128,7 +126,7 @@ async def find_key(
     return await graph.in_key_thread(_unlock, header, password, materials, refusal)
 
 
-async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int, password: bytearray) -> bool:
+async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int, password: KeyBuffer) -> bool:
     """Whether `password` opens this keyslot.
 
     :raise Error: if that can't be found out.
@@ -136,13 +134,13 @@ async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int,
     if not header.slots[slot].active:
         return False
     material = await area.read(*header.material_extent(slot))
-    key = await graph.in_key_thread(luks1.unlock_slot, header, slot, password, material)
+    key = await graph.in_key_thread(luks1.unlock_slot, header, slot, password.data, material)
     if key is not None:
         key.wipe()
     return key is not None
 
 
-def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> bytearray:
+def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> KeyBuffer:
     """The passphrase that `options` name, for the caller to wipe.
 
     :raise Error: if they name none, or there is no such secret.
@@ -153,7 +151,7 @@ def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> 
 
 
 def _unlock(
-    header: luks1.Header, password: bytearray, materials: list[tuple[int, bytearray]], refusal: Error
+    header: luks1.Header, password: KeyBuffer, materials: list[tuple[int, bytearray]], refusal: Error
 ) -> luks1.VolumeKey:
     """The volume key, from the first keyslot that `password` opens.  Takes long: run it in a thread.
 
@@ -164,7 +162,7 @@ def _unlock(
     """
     for slot, material in materials:
         try:
-            key = luks1.unlock_slot(header, slot, password, material)
+            key = luks1.unlock_slot(header, slot, password.data, material)
         except Error as error:
             refusal = error
             continue
@@ -205,15 +203,12 @@ async def make(
 
     def derive() -> tuple[luks1.Header, Plan]:
         iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
-        header, key, plan = luks1.format_plan(spec, hash_name, password, *iterations, detached=detached)
+        header, key, plan = luks1.format_plan(spec, hash_name, password.data, *iterations, detached=detached)
         key.wipe()
         return header, plan
 
-    password = graph.secrets(options["key-secret"])
-    try:
+    with graph.secrets(options["key-secret"]) as password:
         return await graph.in_key_thread(derive)
-    finally:
-        password[:] = bytes(len(password))
 
 
 def header_info(header: luks1.Header, *, detached: bool) -> dict[str, Any]:

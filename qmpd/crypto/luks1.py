@@ -380,11 +380,10 @@ def unlock_slot(
             raise Error(f"{what} iteration count {iterations} is more than the {max_iterations} allowed")
     _, length = header.material_extent(slot)
     material = bytes(material[:length]).ljust(length, b"\0")
-    with _slot_cipher(header, slot, password) as cipher, KeyMemory().take(length) as stripes:
+    memory = memory or KeyMemory()
+    with _slot_cipher(header, slot, password, memory) as cipher, memory.take(length) as stripes:
         cipher.decrypt_into(material, 0, stripes.data)
-        key = antiforensic.merge(
-            header.hash_name, stripes.data, header.key_bytes, keyslot.stripes, memory
-        )
+        key = antiforensic.merge(header.hash_name, stripes.data, header.key_bytes, keyslot.stripes, memory)
     digest = kdf.pbkdf2(
         header.hash_name, key.data, header.digest_salt, header.digest_iterations, len(header.digest)
     )
@@ -395,12 +394,12 @@ def unlock_slot(
 
 
 @contextmanager
-def _slot_cipher(header: Header, slot: int, password: Buffer) -> Iterator[SectorCipher]:
+def _slot_cipher(header: Header, slot: int, password: Buffer, memory: KeyMemory) -> Iterator[SectorCipher]:
     """The cipher of a slot's key material, with the key that `password` gives."""
     keyslot = header.slots[slot]
-    with KeyMemory().take(header.key_bytes) as derived:
+    with memory.take(header.key_bytes) as derived:
         kdf.pbkdf2_into(header.hash_name, password, keyslot.salt, keyslot.iterations, derived.data)
-        cipher = SectorCipher(header.spec, derived.data, secret_data=True)
+        cipher = SectorCipher(header.spec, derived.data, memory=memory, secret_data=True)
     try:
         yield cipher
     finally:
@@ -522,7 +521,7 @@ def seal(
     _, length = header.material_extent(slot)
     stripes = header.slots[slot].stripes
     with (
-        _slot_cipher(header, slot, password) as cipher,
+        _slot_cipher(header, slot, password, KeyMemory()) as cipher,
         antiforensic.split(header.hash_name, key, stripes, random, length=length) as material,
     ):
         return bytes(cipher.encrypt(material.data, 0))
