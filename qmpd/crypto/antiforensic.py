@@ -56,13 +56,14 @@ def splitting(
     """:func:`split` in steps of about a millisecond."""
     width = len(key)
     end = width * stripes
-    material = KeyMemory().take(end if length is None else length)
+    memory = KeyMemory()
+    material = memory.take(end if length is None else length)
     with wiped_on_failure(material):
         others = random(end - width)
         material.data[: end - width] = others
         overwrite(others)
         into = material.data[end - width : end]
-        yield from _xor_folded(hash_name, material.data[: end - width], key, into)
+        yield from _xor_folded(hash_name, material.data[: end - width], key, into, memory)
     return material
 
 
@@ -88,20 +89,24 @@ def merging(
     if len(data) < end:
         raise ValueError(f"{stripes} stripes of {key_bytes} bytes do not fit into {len(data)} bytes")
     view = memoryview(data)
-    key = (memory or KeyMemory()).take(key_bytes)
+    memory = memory or KeyMemory()
+    key = memory.take(key_bytes)
     with wiped_on_failure(key):
-        yield from _xor_folded(hash_name, view[: end - key_bytes], view[end - key_bytes : end], key.data)
+        others, last = view[: end - key_bytes], view[end - key_bytes : end]
+        yield from _xor_folded(hash_name, others, last, key.data, memory)
     return key
 
 
-def _xor_folded(hash_name: str, stripes: memoryview, last: Buffer, into: memoryview) -> Steps[None]:
+def _xor_folded(
+    hash_name: str, stripes: memoryview, last: Buffer, into: memoryview, memory: KeyMemory
+) -> Steps[None]:
     """Write to `into` what `last` is when XORed with what the stripes amount to.
 
     They are XORed and diffused one after another: d(k+1) = H(d(k) XOR s(k)), d(0) = 0.
     """
     width = len(into)
     size = digests.algorithm(hash_name).digest_size
-    with KeyMemory().take(2 * width) as space:
+    with memory.take(2 * width) as space:
         state, mixed = space.data[:width], space.data[width:]
         # H1 of the specification: the block's number, big-endian, is hashed before each block of the
         # hash's size; of the last block only as many bytes of its hash are used as it has.

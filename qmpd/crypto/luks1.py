@@ -79,11 +79,13 @@ __all__ = [
     "Keyslot",
     "VolumeKey",
     "format_plan",
+    "formatting",
     "iterations_for",
     "new_header",
-    "seal",
+    "sealing",
     "slot_extent",
     "unlock_slot",
+    "unlocking",
 ]
 
 HEADER_BYTES: Final = 592
@@ -394,8 +396,9 @@ def unlocking(
             raise Error(f"{what} iteration count {iterations} is more than the {max_iterations} allowed")
     _, length = header.material_extent(slot)
     material = bytes(material[:length]).ljust(length, b"\0")
+    memory = memory or KeyMemory()
     yield
-    with _slot_cipher(header, slot, password) as cipher, KeyMemory().take(length) as stripes:
+    with _slot_cipher(header, slot, password, memory) as cipher, memory.take(length) as stripes:
         yield
         cipher.decrypt_into(material, 0, stripes.data)
         key = yield from antiforensic.merging(
@@ -413,12 +416,12 @@ def unlocking(
 
 
 @contextmanager
-def _slot_cipher(header: Header, slot: int, password: Buffer) -> Iterator[SectorCipher]:
+def _slot_cipher(header: Header, slot: int, password: Buffer, memory: KeyMemory) -> Iterator[SectorCipher]:
     """The cipher of a slot's key material, with the key that `password` gives."""
     keyslot = header.slots[slot]
-    with KeyMemory().take(header.key_bytes) as derived:
+    with memory.take(header.key_bytes) as derived:
         kdf.pbkdf2_into(header.hash_name, password, keyslot.salt, keyslot.iterations, derived.data)
-        cipher = SectorCipher(header.spec, derived.data, secret_data=True)
+        cipher = SectorCipher(header.spec, derived.data, memory=memory, secret_data=True)
     try:
         yield cipher
     finally:
@@ -564,7 +567,7 @@ def sealing(
     _, length = header.material_extent(slot)
     stripes = header.slots[slot].stripes
     yield
-    with _slot_cipher(header, slot, password) as cipher:
+    with _slot_cipher(header, slot, password, KeyMemory()) as cipher:
         material = yield from antiforensic.splitting(header.hash_name, key, stripes, random, length=length)
         with material:
             return bytes(cipher.encrypt(material.data, 0))

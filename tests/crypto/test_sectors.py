@@ -224,9 +224,7 @@ def test_a_closed_cipher_has_nothing_left_in_scratch_memory(spec: CipherSpec) ->
     cipher.decrypt_into(encrypted, 0, decrypted)
     assert decrypted == DATA
     cipher.close()
-    arrays = [
-        getattr(tile, name) for tile in tiles for name in ("_masked", "_result") if hasattr(tile, name)
-    ]
+    arrays = [getattr(tile, name) for tile in tiles for name in ("_masked", "_result") if hasattr(tile, name)]
     assert len(arrays) == (2 * len(tiles) if spec.mode == "xts" else 0)
     assert not any(array.any() for array in arrays)
 
