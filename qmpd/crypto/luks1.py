@@ -62,7 +62,7 @@ from typing import Final
 
 from qmpd.crypto import antiforensic, kdf
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite, wiped_on_failure
+from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, random_key, wiped_on_failure
 from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.sectors import SECTOR, SectorCipher
 from qmpd.crypto.steps import Steps, run
@@ -524,7 +524,7 @@ def formatting(
 ) -> Steps[tuple[Header, VolumeKey, Plan]]:
     """:func:`format_plan` in steps."""
     blank = new_header(spec, hash_name, detached=detached, uuid=uuid)
-    key = _random_key(spec.key_bytes, random)
+    key = random_key(spec.key_bytes, random)
     with wiped_on_failure(key):
         digest_salt, slot_salt = random(SALT_BYTES), random(SALT_BYTES)
         yield
@@ -571,11 +571,3 @@ def sealing(
         material = yield from antiforensic.splitting(header.hash_name, key, stripes, random, length=length)
         with material:
             return bytes(cipher.encrypt(material.data, 0))
-
-
-def _random_key(length: int, random: Callable[[int], bytes]) -> KeyBuffer:
-    key = KeyMemory().take(length)
-    drawn = random(length)
-    key.data[:] = drawn
-    overwrite(drawn)
-    return key

@@ -21,7 +21,8 @@ import base64
 import binascii
 import hmac
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
@@ -32,7 +33,9 @@ from qmpd.crypto import antiforensic, kdf
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks2_binary import BinaryHeader, Copy
 from qmpd.crypto.luks2_kdf import Kdf
-from qmpd.crypto.sectors import SECTOR, Buffer, SectorCipher
+from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, wiped_on_failure
+from qmpd.crypto.sectors import SECTOR, SectorCipher
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 #: How many keyslots there may be (section 3.2: cryptsetup's bound), and tokens, digests, segments.
@@ -56,6 +59,8 @@ _REQUIREMENTS: Final[Mapping[str, str]] = {
     "online-reencrypt-v3": "an online reencryption is not finished",
     "offline-reencrypt": "an offline reencryption is not finished",
 }
+
+Random = Callable[[int], bytes]
 
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,19}")
 _MAX_NUMBER: Final = (1 << 64) - 1
@@ -123,7 +128,7 @@ class Digest:
 
         It may take long and releases the interpreter lock: call it in a worker thread.
         """
-        found = kdf.pbkdf2(self.hash_name, memoryview(key), self.salt, self.iterations, len(self.digest))
+        found = kdf.pbkdf2(self.hash_name, key, self.salt, self.iterations, len(self.digest))
         return hmac.compare_digest(found, self.digest)
 
 
@@ -232,54 +237,62 @@ class Header:
         return before + (volume_bytes - last.offset) // last.sector_size * last.sector_size
 
 
-def unlock_slot(keyslot: Keyslot, digest: Digest, password: Buffer, material: Buffer) -> bytearray | None:
-    """Try a passphrase on a keyslot (section 3.2 and 3.4).
-
-    It may take long and releases the interpreter lock: call it in a worker thread.
+def unlocking(
+    keyslot: Keyslot, digest: Digest, password: Buffer, material: Buffer, *, memory: KeyMemory | None = None
+) -> Steps[KeyBuffer | None]:
+    """Try a passphrase on a keyslot (section 3.2 and 3.4), in steps.
 
     :param digest: says whether the key is the right one.
-    :param material: the bytes of the area.
+    :param material: the bytes of the area; what is missing counts as zeroes.
+    :param memory: where the key is to be; by default in a page of its own.
     :returns: the key, for the caller to wipe, or None if the passphrase is not the one.
-    :raise Error: something of the slot is not supported.
+    :raise Error: something of the slot is not supported, or costs too much.
     """
     length = keyslot.material_bytes
-    spec = cipher_spec(keyslot.area.encryption, keyslot.area.key_bytes)
-    derived = keyslot.kdf.derive(password, keyslot.area.key_bytes)
-    cipher = SectorCipher(spec, derived)
-    stripes = bytearray(length)
-    try:
-        cipher.decrypt_into(bytes(material[:length]).ljust(length, b"\0"), 0, stripes)
-        key = antiforensic.merge(keyslot.af_hash, stripes, keyslot.key_bytes, keyslot.stripes)
-    finally:
-        cipher.close()
-        derived[:] = bytes(len(derived))
-        stripes[:] = bytes(len(stripes))
-    if digest.fits(key):
+    memory = memory or KeyMemory()
+    yield
+    with _area_cipher(keyslot, password, memory) as cipher, memory.take(length) as stripes:
+        yield
+        cipher.decrypt_into(bytes(material[:length]).ljust(length, b"\0"), 0, stripes.data)
+        key = yield from antiforensic.merging(
+            keyslot.af_hash, stripes.data, keyslot.key_bytes, keyslot.stripes, memory
+        )
+    with wiped_on_failure(key):
+        yield
+        fits = digest.fits(key.data)
+    if fits:
         return key
-    key[:] = bytes(len(key))
+    key.wipe()
     return None
 
 
-def seal(keyslot: Keyslot, key: Buffer, password: Buffer, random: Any) -> bytes:
-    """Make the key material with which `password` opens a keyslot.
-
-    It may take long and releases the interpreter lock: call it in a worker thread.
+def sealing(keyslot: Keyslot, key: Buffer, password: Buffer, random: Random) -> Steps[bytes]:
+    """Make the key material with which `password` opens a keyslot, in steps.
 
     :param key: what the slot shall hold.
     :param random: gives as many random bytes as it is asked for.
     :returns: what belongs into the area, whole sectors.
     """
+    yield
+    with _area_cipher(keyslot, password, KeyMemory()) as cipher:
+        material = yield from antiforensic.splitting(
+            keyslot.af_hash, key, keyslot.stripes, random, length=keyslot.material_bytes
+        )
+        with material:
+            return bytes(cipher.encrypt(material.data, 0))
+
+
+@contextmanager
+def _area_cipher(keyslot: Keyslot, password: Buffer, memory: KeyMemory) -> Iterator[SectorCipher]:
+    """The cipher of a slot's area, with the key that `password` gives."""
     spec = cipher_spec(keyslot.area.encryption, keyslot.area.key_bytes)
-    derived = keyslot.kdf.derive(password, keyslot.area.key_bytes)
-    material = antiforensic.split(keyslot.af_hash, key, keyslot.stripes, random)
-    material.extend(bytes(keyslot.material_bytes - len(material)))
-    cipher = SectorCipher(spec, derived)
+    with memory.take(keyslot.area.key_bytes) as derived:
+        keyslot.kdf.derive_into(password, derived.data)
+        cipher = SectorCipher(spec, derived.data, memory=memory, secret_data=True)
     try:
-        return bytes(cipher.encrypt(material, 0))
+        yield cipher
     finally:
         cipher.close()
-        derived[:] = bytes(len(derived))
-        material[:] = bytes(len(material))
 
 
 # -- reading the metadata

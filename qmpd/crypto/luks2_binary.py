@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from qmpd.crypto import digests
-from qmpd.crypto.sectors import Buffer
+from qmpd.crypto.memory import Buffer
 from qmpd.errors import Error
 
 #: Of a binary header, without the JSON area.
@@ -94,7 +94,7 @@ class BinaryHeader:
             b"",
         )
         copy = bytearray(binary.ljust(BINARY_BYTES, b"\0") + json.ljust(self.json_bytes, b"\0"))
-        checksum = digests.digest(self.checksum_hash, copy)
+        checksum = _checksum(self.checksum_hash, copy)
         copy[_CHECKSUM_OFFSET : _CHECKSUM_OFFSET + len(checksum)] = checksum
         return bytes(copy)
 
@@ -146,7 +146,7 @@ def parse_copy(data: Buffer, offset: int) -> Copy:
     names = [_text(field, what) for field in (label, checksum_hash, uuid, subsystem)]
     copy = bytearray(data[:size])
     copy[_CHECKSUM_OFFSET : _BINARY.size] = bytes(_CHECKSUM_BYTES)
-    expected = digests.digest(names[1], copy)
+    expected = _checksum(names[1], copy)
     if not hmac.compare_digest(expected, checksum[: len(expected)]):
         raise Error(f"The checksum of the {what} LUKS2 header is wrong")
     json = bytes(copy[BINARY_BYTES:]).partition(b"\0")[0]
@@ -165,6 +165,13 @@ def choose(primary: Copy | None, secondary: Copy | None) -> Copy:
         assert secondary is not None, "one of them is there"
         return secondary
     return primary
+
+
+def _checksum(hash_name: str, copy: Buffer) -> bytearray:
+    """Of a copy with zeroes in the checksum's place."""
+    checksum = bytearray(digests.algorithm(hash_name).digest_size)
+    digests.digest_into(hash_name, copy, memoryview(checksum))
+    return checksum
 
 
 def _text(raw: bytes, what: str) -> str:

@@ -16,7 +16,8 @@ from argon2.exceptions import HashingError
 from argon2.low_level import ARGON2_VERSION, Type, hash_secret_raw
 
 from qmpd.crypto import kdf
-from qmpd.crypto.sectors import Buffer
+from qmpd.crypto.memory import Buffer, overwrite
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 #: What cryptsetup allows: the least and the most of each cost.
@@ -77,29 +78,34 @@ class Kdf:
         elif self.memory * self.iterations > MAX_WORK:
             raise Error(f"argon2 with {self.memory} KiB and {self.iterations} passes takes too long")
 
-    def derive(self, password: Buffer, length: int) -> bytearray:
-        """Derive a key of `length` bytes, as a buffer that can be wiped.
+    def derive_into(self, password: Buffer, into: memoryview) -> None:
+        """Derive as many bytes as `into` has.
 
         :raise Error: the costs are out of bounds, or there is not enough memory.
         """
         self.check()
         if self.kind == "pbkdf2":
-            return kdf.pbkdf2(self.hash_name, memoryview(password), self.salt, self.iterations, length)
+            kdf.pbkdf2_into(self.hash_name, password, self.salt, self.iterations, into)
+            return
+        # The package takes nothing but bytes.
+        secret = bytes(password)
         try:
-            return bytearray(
-                hash_secret_raw(
-                    bytes(password),
-                    self.salt,
-                    self.iterations,
-                    self.memory,
-                    self.cpus,
-                    length,
-                    _TYPES[self.kind],
-                    ARGON2_VERSION,
-                )
+            derived = hash_secret_raw(
+                secret,
+                self.salt,
+                self.iterations,
+                self.memory,
+                self.cpus,
+                len(into),
+                _TYPES[self.kind],
+                ARGON2_VERSION,
             )
         except HashingError as error:
             raise Error(f"argon2 failed: {error}") from None
+        finally:
+            overwrite(secret)
+        into[:] = derived
+        overwrite(derived)
 
     def parameters(self) -> dict[str, Any]:
         """The costs by their names in the metadata, with the type and without the salt."""
@@ -108,7 +114,7 @@ class Kdf:
         return {"type": self.kind, "time": self.iterations, "memory": self.memory, "cpus": self.cpus}
 
 
-def calibrate(
+def calibrating(
     kind: str,
     milliseconds: int,
     key_bytes: int,
@@ -116,8 +122,8 @@ def calibrate(
     hash_name: str = "sha256",
     memory: int = DEFAULT_MEMORY,
     cpus: int = MAX_CPUS,
-) -> Kdf:
-    """Choose costs that take `milliseconds` here.
+) -> Steps[Kdf]:
+    """Choose costs that take `milliseconds` here, in steps.
 
     As cryptsetup does it, argon2 gets as much memory as fits into the time with the fewest passes,
     and more passes when it has all that it may have.
@@ -127,12 +133,15 @@ def calibrate(
     :returns: the costs, with a salt that is none.
     """
     if kind == "pbkdf2":
-        return Kdf(kind, _TRIAL_SALT, kdf.calibrate(hash_name, milliseconds, key_bytes), hash_name)
+        iterations = yield from kdf.calibrating(hash_name, milliseconds, key_bytes)
+        return Kdf(kind, _TRIAL_SALT, iterations, hash_name)
     wanted = milliseconds / 1000
     trial = Kdf(kind, _TRIAL_SALT, MIN_TIME, memory=min(memory, 1 << 16), cpus=cpus)
+    yield
     seconds = _seconds(trial, key_bytes)
     while seconds < min(_MEASURED_SECONDS, wanted / 2) and trial.memory < memory:
         trial = replace(trial, memory=min(memory, trial.memory * 4))
+        yield
         seconds = _seconds(trial, key_bytes)
     fitting = int(trial.memory * wanted / seconds)
     least = max(MIN_MEMORY, 8 * cpus)
@@ -144,6 +153,7 @@ def calibrate(
 
 
 def _seconds(trial: Kdf, key_bytes: int) -> float:
+    derived = bytearray(key_bytes)
     start = time.perf_counter()
-    trial.derive(b"password", key_bytes)
+    trial.derive_into(b"password", memoryview(derived))
     return max(time.perf_counter() - start, 1e-6)

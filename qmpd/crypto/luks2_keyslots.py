@@ -34,11 +34,13 @@ import orjson
 
 from qmpd.crypto import digests, kdf
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.luks2 import AREA_ALIGNMENT, STRIPES, Area, Header, Keyslot, parse_metadata, seal
+from qmpd.crypto.luks2 import AREA_ALIGNMENT, STRIPES, Area, Header, Keyslot, parse_metadata, sealing
 from qmpd.crypto.luks2_binary import BINARY_BYTES, SIZES, BinaryHeader
 from qmpd.crypto.luks2_kdf import Kdf
+from qmpd.crypto.memory import Buffer, KeyBuffer, random_key, wiped_on_failure
 from qmpd.crypto.plan import Barrier, Plan, Write
-from qmpd.crypto.sectors import SECTOR, Buffer
+from qmpd.crypto.sectors import SECTOR
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 SALT_BYTES: Final = 32
@@ -57,17 +59,15 @@ Metadata = dict[str, Any]
 # -- changing keyslots
 
 
-def activate_plan(
+def activating(
     header: Header,
     slots: Sequence[int],
     key: Buffer,
     password: Buffer,
     costs: Kdf,
     random: Random = os.urandom,
-) -> tuple[Header, Plan]:
-    """Put the volume key into slots, so that `password` opens each of them.
-
-    It may take long and releases the interpreter lock: call it in a worker thread.
+) -> Steps[tuple[Header, Plan]]:
+    """Put the volume key into slots, so that `password` opens each of them; in steps.
 
     :param slots: the slots' numbers; the key of one in use is lost.
     :param key: the volume key.
@@ -89,7 +89,8 @@ def activate_plan(
         if offset is None:
             raise Error("There is no room for another key in the keyslots area of the LUKS2 header")
         described = replace(described, area=replace(described.area, offset=offset))
-        plan += [Write(offset, seal(described, key, password, random)), Barrier()]
+        material = yield from sealing(described, key, password, random)
+        plan += [Write(offset, material), Barrier()]
         metadata = _without(header.metadata, [])
         metadata["keyslots"][str(number)] = _as_json(described)
         digest = metadata["digests"][str(header.volume_digest.number)]
@@ -103,7 +104,7 @@ def activate_plan(
 
 
 def erase_plan(header: Header, slots: Sequence[int], random: Random = os.urandom) -> tuple[Header, Plan]:
-    """Take the keys out of slots; parameters and result as of :func:`activate_plan`."""
+    """Take the keys out of slots; parameters and result as of :func:`activating`."""
     return _forget(header, slots, random)
 
 
@@ -193,7 +194,7 @@ def _free_area(header: Header, size: int) -> int | None:
 # -- making a header
 
 
-def format_plan(
+def formatting(
     spec: CipherSpec,
     hash_name: str,
     password: Buffer,
@@ -206,13 +207,11 @@ def format_plan(
     subsystem: str = "",
     uuid: str | None = None,
     random: Random = os.urandom,
-) -> tuple[Header, bytearray, Plan]:
-    """Make a volume key and a header with `password` in slot 0.
+) -> Steps[tuple[Header, KeyBuffer, Plan]]:
+    """Make a volume key and a header with `password` in slot 0, in steps.
 
     The first writes take away whatever headers were there, and the primary copy of the new one comes
     last: an interrupted creation leaves nothing that claims to be a LUKS volume, or the whole of it.
-
-    It may take long and releases the interpreter lock: call it in a worker thread.
 
     :param costs: the key derivation of the slot; it gets a salt.
     :param sector_size: bytes of the payload that have an IV of their own.
@@ -226,13 +225,40 @@ def format_plan(
     for what, text in (("label", label), ("subsystem", subsystem)):
         if len(text.encode()) > 47 or "\0" in text:
             raise Error(f"Parameter '{what}' expects at most 47 bytes")
-    encryption = "-".join(spec.header_names())
-    keyslots_bytes = NEW_PAYLOAD_OFFSET - 2 * NEW_SIZE
-    key = bytearray(random(spec.key_bytes))
-    digest_salt = random(SALT_BYTES)
-    digest_bytes = digests.algorithm(hash_name).digest_size
-    digest = kdf.pbkdf2(hash_name, key, digest_salt, digest_iterations, digest_bytes)
-    metadata: Metadata = {
+    key = random_key(spec.key_bytes, random)
+    with wiped_on_failure(key):
+        digest_salt = random(SALT_BYTES)
+        yield
+        digest_bytes = digests.algorithm(hash_name).digest_size
+        digest = kdf.pbkdf2(hash_name, key.data, digest_salt, digest_iterations, digest_bytes)
+        metadata = _new_metadata(
+            "-".join(spec.header_names()),
+            sector_size,
+            detached,
+            hash_name,
+            digest_iterations,
+            digest_salt,
+            digest,
+        )
+        binary = BinaryHeader(NEW_SIZE, 0, label, "sha256", uuid or str(uuids.uuid4()), subsystem)
+        blank = parse_metadata(binary, orjson.dumps(metadata))
+        header, plan = yield from activating(blank, [0], key.data, password, costs, random)
+    wipe: Plan = [Write(0, bytes(2 * NEW_SIZE))]
+    wipe += [Write(offset, bytes(BINARY_BYTES)) for offset in SIZES if offset >= 2 * NEW_SIZE]
+    return header, key, [*wipe, Barrier(), *plan]
+
+
+def _new_metadata(
+    encryption: str,
+    sector_size: int,
+    detached: bool,
+    hash_name: str,
+    iterations: int,
+    salt: bytes,
+    digest: bytearray,
+) -> Metadata:
+    """The metadata of a volume without keyslots."""
+    return {
         "keyslots": {},
         "tokens": {},
         "segments": {
@@ -251,19 +277,16 @@ def format_plan(
                 "keyslots": [],
                 "segments": ["0"],
                 "hash": hash_name,
-                "iterations": digest_iterations,
-                "salt": _base64(digest_salt),
+                "iterations": iterations,
+                "salt": _base64(salt),
                 "digest": _base64(digest),
             }
         },
-        "config": {"json_size": str(NEW_SIZE - BINARY_BYTES), "keyslots_size": str(keyslots_bytes)},
+        "config": {
+            "json_size": str(NEW_SIZE - BINARY_BYTES),
+            "keyslots_size": str(NEW_PAYLOAD_OFFSET - 2 * NEW_SIZE),
+        },
     }
-    binary = BinaryHeader(NEW_SIZE, 0, label, "sha256", uuid or str(uuids.uuid4()), subsystem)
-    blank = parse_metadata(binary, orjson.dumps(metadata))
-    header, plan = activate_plan(blank, [0], key, password, costs, random)
-    wipe: Plan = [Write(0, bytes(2 * NEW_SIZE))]
-    wipe += [Write(offset, bytes(BINARY_BYTES)) for offset in SIZES if offset >= 2 * NEW_SIZE]
-    return header, key, [*wipe, Barrier(), *plan]
 
 
 def _aligned(length: int) -> int:

@@ -29,7 +29,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -188,6 +188,18 @@ def wiped_on_failure(buffer: KeyBuffer) -> Iterator[None]:
     except BaseException:
         buffer.wipe()
         raise
+
+
+def random_key(length: int, random: Callable[[int], bytes]) -> KeyBuffer:
+    """A new key of `length` bytes in a page of its own.
+
+    :param random: gives as many random bytes as it is asked for; they are overwritten.
+    """
+    key = KeyMemory().take(length)
+    drawn = random(length)
+    key.data[:] = drawn
+    overwrite(drawn)
+    return key
 
 
 def overwrite(result: bytes) -> None:
