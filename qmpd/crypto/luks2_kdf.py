@@ -88,7 +88,7 @@ class Kdf:
             kdf.pbkdf2_into(self.hash_name, password, self.salt, self.iterations, into)
             return
         # The package takes nothing but bytes.
-        secret = bytes(password)
+        secret = bytes(memoryview(password))  # a copy, whatever it was: it is overwritten
         try:
             derived = hash_secret_raw(
                 secret,
