@@ -205,6 +205,19 @@ class Header:
         return int(self.metadata["config"]["keyslots_size"])
 
     @property
+    def key_bytes(self) -> int:
+        """Length of the volume key, as the slots with it say.
+
+        :raise Error: there is none, or they don't agree.
+        """
+        lengths = {
+            slot.key_bytes for number, slot in self.keyslots.items() if number in self.volume_digest.keyslots
+        }
+        if len(lengths) != 1:
+            raise Error("LUKS2 metadata: the keyslots do not say how long the volume key is")
+        return lengths.pop()
+
+    @property
     def volume_digest(self) -> Digest:
         """The digest of the volume key."""
         return next(digest for digest in self.digests.values() if digest.segments)

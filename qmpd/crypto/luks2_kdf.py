@@ -8,6 +8,7 @@ Source: LUKS2 On-Disk Format Specification 1.1, section 3.2.3; RFC 9106.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -31,6 +32,18 @@ DEFAULT_MEMORY: Final = 1 << 20
 
 #: More passes over the memory, counted in KiB, than this are refused: some hours.
 MAX_WORK: Final = 1 << 36
+
+
+def usual_cpus() -> int:
+    """The lanes of a new key: as many as there are processors, within bounds."""
+    return max(1, min(MAX_CPUS, len(os.sched_getaffinity(0))))
+
+
+def usual_memory() -> int:
+    """The memory of a new key, in KiB: at most half of what the machine has (as cryptsetup takes it)."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 10
+    return min(DEFAULT_MEMORY, total // 2)
+
 
 _TYPES: Final = {"argon2i": Type.I, "argon2id": Type.ID}
 

@@ -1,0 +1,441 @@
+"""LUKS headers of both versions in one shape, for whoever does not care which it is.
+
+:func:`reading` finds out the version and gives a :class:`LuksHeader`: the slots
+with their key material, the payload's segments with their ciphers, and the
+computations that unlock a slot and that change some.  What the two formats
+are is in :mod:`qmpd.crypto.luks1` and :mod:`qmpd.crypto.luks2`.
+
+Nothing here does I/O: reading asks for extents, and changing gives a plan.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final, Self
+
+from qmpd.crypto import kdf, luks1, luks1_keyslots, luks2, luks2_binary, luks2_kdf, luks2_keyslots
+from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.luks2_kdf import Kdf
+from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory
+from qmpd.crypto.plan import Plan
+from qmpd.crypto.sectors import SECTOR
+from qmpd.crypto.steps import Steps
+from qmpd.errors import Error
+
+Random = Callable[[int], bytes]
+
+#: Offset and length, in bytes from the beginning of the header's area.
+Extent = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PayloadSegment:
+    """A run of the payload with one cipher.
+
+    :param offset: where it is on the payload's volume, in bytes.
+    :param size: in bytes; None if it goes to the end of the volume.
+    :param first_sector: what the first sector's IV is made of, in units of 512 bytes.
+    :param sector_size: bytes that have an IV of their own.
+    """
+
+    offset: int
+    size: int | None
+    spec: CipherSpec
+    first_sector: int
+    sector_size: int
+
+
+@dataclass(frozen=True)
+class KdfChoice:
+    """How a new key is to be derived.
+
+    :param milliseconds: how long that may take here.
+    :param kind: "pbkdf2", "argon2i" or "argon2id"; None for what is usual.
+    :param memory: the most memory of argon2, in KiB; None for what is usual.
+    :param cpus: argon2's lanes; None for what is usual.
+    :param limit: more memory than this nobody may ask for, in KiB.
+    """
+
+    milliseconds: int
+    kind: str | None = None
+    memory: int | None = None
+    cpus: int | None = None
+    limit: int = luks2_kdf.MAX_MEMORY
+
+
+class LuksHeader(ABC):
+    """A header, as it was read."""
+
+    version: ClassVar[int]
+
+    #: How many keyslots there can be.
+    slot_count: ClassVar[int]
+
+    @property
+    @abstractmethod
+    def uuid(self) -> str:
+        """The volume's UUID, as text."""
+
+    @property
+    @abstractmethod
+    def key_bytes(self) -> int:
+        """Length of the volume key."""
+
+    @property
+    @abstractmethod
+    def active_slots(self) -> list[int]:
+        """The numbers of the slots in use."""
+
+    @property
+    def tried_slots(self) -> list[int]:
+        """Those that a passphrase is tried on, in this order."""
+        return self.active_slots
+
+    @abstractmethod
+    def material_extent(self, slot: int) -> Extent:
+        """Where the key material of a slot in use is."""
+
+    @property
+    @abstractmethod
+    def segments(self) -> tuple[PayloadSegment, ...]:
+        """What the payload consists of, in its order.
+
+        :raise Error: a cipher is not supported.
+        """
+
+    @abstractmethod
+    def payload_bytes(self, volume_bytes: int) -> int:
+        """How long the payload is on a volume of `volume_bytes` bytes.
+
+        :raise Error: the volume ends before the payload begins.
+        """
+
+    @abstractmethod
+    def is_of_same_volume(self, other: LuksHeader) -> bool:
+        """Whether they differ in nothing but their keyslots."""
+
+    @abstractmethod
+    def derivation(self, slot: int) -> Kdf:
+        """How the key of a slot in use is derived."""
+
+    @abstractmethod
+    def unlocking(
+        self, slot: int, password: Buffer, material: Buffer, memory: KeyMemory | None = None
+    ) -> Steps[KeyBuffer | None]:
+        """Try a passphrase on a slot, in steps.
+
+        :param material: the bytes at :meth:`material_extent`.
+        :param memory: where the volume key is to be; by default in a page of its own.
+        :returns: the volume key, for the caller to wipe, or None if it is not the one.
+        :raise Error: it would take too long, or something is not supported.
+        """
+
+    @abstractmethod
+    def fitting(self, key: Buffer) -> Steps[bool]:
+        """Whether this is the volume key, in steps."""
+
+    @abstractmethod
+    def calibrating(self, choice: KdfChoice) -> Steps[Kdf]:
+        """The costs of a new slot's derivation, in steps.
+
+        :raise Error: the format has no such derivation.
+        """
+
+    @abstractmethod
+    def activating(
+        self, slots: Sequence[int], key: Buffer, password: Buffer, costs: Kdf, random: Random = os.urandom
+    ) -> Steps[tuple[Self, Plan]]:
+        """Put the volume key into slots, so that `password` opens each of them; in steps.
+
+        :returns: the header as it will be, and what to write.
+        """
+
+    @abstractmethod
+    def erasing(self, slots: Sequence[int], random: Random = os.urandom) -> tuple[Self, Plan]:
+        """Take the keys out of slots; returns as :meth:`activating`."""
+
+    def free_slot(self) -> int | None:
+        """The first slot that is not in use, if there is one."""
+        active = self.active_slots
+        return next((number for number in range(self.slot_count) if number not in active), None)
+
+
+@dataclass(frozen=True)
+class Luks1(LuksHeader):
+    """A LUKS1 header.
+
+    :param header: what it says.
+    :param sectors: the sectors on which it is.
+    """
+
+    header: luks1.Header
+    sectors: bytes
+
+    version = 1
+    slot_count = luks1.SLOTS
+
+    @property
+    def uuid(self) -> str:
+        """The volume's UUID, as text."""
+        return self.header.uuid
+
+    @property
+    def key_bytes(self) -> int:
+        """Length of the volume key."""
+        return self.header.key_bytes
+
+    @property
+    def active_slots(self) -> list[int]:
+        """The numbers of the slots in use."""
+        return self.header.active_slots
+
+    def material_extent(self, slot: int) -> Extent:
+        """Where the key material of a slot is, in use or not."""
+        return self.header.material_extent(slot)
+
+    @property
+    def segments(self) -> tuple[PayloadSegment, ...]:
+        """One, to the end of the volume."""
+        offset = self.header.payload_offset * SECTOR
+        return (PayloadSegment(offset, None, self.header.spec, 0, SECTOR),)
+
+    def payload_bytes(self, volume_bytes: int) -> int:
+        """How long the payload is."""
+        return self.header.payload_bytes(volume_bytes)
+
+    def is_of_same_volume(self, other: LuksHeader) -> bool:
+        """Whether they differ in nothing but their keyslots."""
+        return isinstance(other, Luks1) and replace(other.header, slots=self.header.slots) == self.header
+
+    def derivation(self, slot: int) -> Kdf:
+        """PBKDF2."""
+        keyslot = self.header.slots[slot]
+        return Kdf("pbkdf2", keyslot.salt, keyslot.iterations, self.header.hash_name)
+
+    def unlocking(
+        self, slot: int, password: Buffer, material: Buffer, memory: KeyMemory | None = None
+    ) -> Steps[KeyBuffer | None]:
+        """Try a passphrase on a slot, in steps."""
+        return luks1.unlocking(self.header, slot, password, material, memory=memory)
+
+    def fitting(self, key: Buffer) -> Steps[bool]:
+        """Whether this is the volume key, in steps."""
+        header = self.header
+        yield
+        digest = kdf.pbkdf2(
+            header.hash_name, key, header.digest_salt, header.digest_iterations, len(header.digest)
+        )
+        return len(key) == header.key_bytes and hmac.compare_digest(digest, header.digest)
+
+    def calibrating(self, choice: KdfChoice) -> Steps[Kdf]:
+        """The iterations of PBKDF2, in steps."""
+        if choice.kind not in (None, "pbkdf2"):
+            raise Error(f"LUKS1 has no '{choice.kind}', only 'pbkdf2'")
+        return (
+            yield from luks2_kdf.calibrating(
+                "pbkdf2", choice.milliseconds, self.key_bytes, hash_name=self.header.hash_name
+            )
+        )
+
+    def activating(
+        self, slots: Sequence[int], key: Buffer, password: Buffer, costs: Kdf, random: Random = os.urandom
+    ) -> Steps[tuple[Luks1, Plan]]:
+        """Put the volume key into slots, in steps."""
+        header, plan = yield from luks1_keyslots.activating(
+            self.header, self.sectors, slots, key, password, costs.iterations, random
+        )
+        return Luks1(header, self.sectors), plan
+
+    def erasing(self, slots: Sequence[int], random: Random = os.urandom) -> tuple[Luks1, Plan]:
+        """Take the keys out of slots."""
+        header, plan = luks1_keyslots.erase_plan(self.header, self.sectors, slots, random)
+        return Luks1(header, self.sectors), plan
+
+
+@dataclass(frozen=True)
+class Luks2(LuksHeader):
+    """A LUKS2 header.
+
+    :param header: what the copy says that counts.
+    :param damaged: what is wrong with the copies that do not; the next change repairs them.
+    """
+
+    header: luks2.Header
+    damaged: tuple[str, ...] = ()
+
+    version = 2
+    slot_count = luks2.SLOTS
+
+    @property
+    def uuid(self) -> str:
+        """The volume's UUID, as text."""
+        return self.header.binary.uuid
+
+    @property
+    def key_bytes(self) -> int:
+        """Length of the volume key: what the slots with it say."""
+        return self.header.key_bytes
+
+    @property
+    def active_slots(self) -> list[int]:
+        """The numbers of all slots that are there."""
+        return sorted(int(name) for name in self.header.metadata["keyslots"])
+
+    @property
+    def tried_slots(self) -> list[int]:
+        """Those with the volume key that are not to be ignored, the preferred ones first."""
+        return [slot.number for slot in self.header.volume_slots]
+
+    def material_extent(self, slot: int) -> Extent:
+        """Where the key material of a slot is."""
+        area = self.header.metadata["keyslots"][str(slot)]["area"]
+        return int(area["offset"]), int(area["size"])
+
+    @property
+    def segments(self) -> tuple[PayloadSegment, ...]:
+        """Those of the metadata."""
+        return tuple(
+            PayloadSegment(
+                segment.offset,
+                segment.size,
+                segment.spec(self.key_bytes),
+                segment.iv_tweak,
+                segment.sector_size,
+            )
+            for segment in self.header.segments
+        )
+
+    def payload_bytes(self, volume_bytes: int) -> int:
+        """How long the payload is."""
+        return self.header.payload_bytes(volume_bytes)
+
+    def is_of_same_volume(self, other: LuksHeader) -> bool:
+        """Whether the volume key and what it is for are the same."""
+        if not isinstance(other, Luks2) or other.uuid != self.uuid:
+            return False
+        mine, others = self.header.volume_digest, other.header.volume_digest
+        return (mine.hash_name, mine.iterations, mine.salt, mine.digest) == (
+            others.hash_name,
+            others.iterations,
+            others.salt,
+            others.digest,
+        ) and self.header.segments == other.header.segments
+
+    def derivation(self, slot: int) -> Kdf:
+        """What the slot says."""
+        return self._keyslot(slot).kdf
+
+    def unlocking(
+        self, slot: int, password: Buffer, material: Buffer, memory: KeyMemory | None = None
+    ) -> Steps[KeyBuffer | None]:
+        """Try a passphrase on a slot, in steps; a slot without the volume key never opens."""
+        if slot not in self.header.volume_digest.keyslots:
+            return None
+        return (
+            yield from luks2.unlocking(
+                self._keyslot(slot), self.header.volume_digest, password, material, memory=memory
+            )
+        )
+
+    def _keyslot(self, slot: int) -> luks2.Keyslot:
+        keyslot = self.header.keyslots.get(slot)
+        if keyslot is None:
+            raise Error(f"Keyslot {slot} is of a type that is not supported")
+        return keyslot
+
+    def fitting(self, key: Buffer) -> Steps[bool]:
+        """Whether this is the volume key, in steps."""
+        yield
+        return self.header.volume_digest.fits(key)
+
+    def calibrating(self, choice: KdfChoice) -> Steps[Kdf]:
+        """The costs of a new slot's derivation, in steps."""
+        kind = choice.kind or "argon2id"
+        memory = min(choice.memory or luks2_kdf.usual_memory(), choice.limit)
+        cpus = choice.cpus or luks2_kdf.usual_cpus()
+        return (
+            yield from luks2_kdf.calibrating(
+                kind,
+                choice.milliseconds,
+                self.key_bytes,
+                hash_name=self.header.volume_digest.hash_name,
+                memory=memory,
+                cpus=cpus,
+            )
+        )
+
+    def activating(
+        self, slots: Sequence[int], key: Buffer, password: Buffer, costs: Kdf, random: Random = os.urandom
+    ) -> Steps[tuple[Luks2, Plan]]:
+        """Put the volume key into slots, in steps."""
+        header, plan = yield from luks2_keyslots.activating(self.header, slots, key, password, costs, random)
+        return Luks2(header), plan
+
+    def erasing(self, slots: Sequence[int], random: Random = os.urandom) -> tuple[Luks2, Plan]:
+        """Take the keys out of slots."""
+        header, plan = luks2_keyslots.erase_plan(self.header, slots, random)
+        return Luks2(header), plan
+
+
+# -- reading
+
+#: What has to be looked at to know the version.
+_BEGINNING: Final = luks2_binary.BINARY_BYTES
+
+
+def reading(*, detached: bool = False) -> Generator[Extent, Buffer, LuksHeader]:
+    """Read a header: yields extents that are wanted, is sent their bytes, returns the header.
+
+    What lies behind the end of the volume counts as zeroes.  A volume whose beginning was overwritten
+    is LUKS2 if there is a whole secondary header where one may be.
+
+    :param detached: the payload is on another volume.
+    :raise Error: what is wrong, for LUKS1 in QEMU's words.
+    """
+    beginning = bytes((yield 0, _BEGINNING))
+    magic, version = beginning[:6], int.from_bytes(beginning[6:8], "big")
+    if magic == luks2_binary.MAGIC and version != luks2_binary.VERSION:
+        return _luks1(beginning, detached)
+    copies: list[luks2_binary.Copy | None] = []
+    damaged: list[str] = []
+    size = luks2_binary.claimed_size(beginning, 0)
+    places = (size,) if size is not None else luks2_binary.SIZES
+    if size is None:
+        copies.append(None)
+        damaged.append("There is no primary LUKS2 header")
+    else:
+        copies.append(_copy((yield 0, size), 0, damaged))
+    found = None
+    for offset in places:
+        claimed = luks2_binary.claimed_size((yield offset, 16), offset)
+        if claimed is not None:
+            found = _copy((yield offset, claimed), offset, damaged)
+            if found is not None:
+                break
+    if found is None and size is None:
+        # Nothing says that it is LUKS2 at all.
+        return _luks1(beginning, detached)
+    if found is None and not any(text.startswith("The secondary") for text in damaged):
+        damaged.append("There is no secondary LUKS2 header")
+    chosen = luks2_binary.choose(copies[0], found)
+    if copies[0] is not None and found is not None and copies[0].header.sequence != found.header.sequence:
+        older = "primary" if chosen is found else "secondary"
+        damaged.append(f"The {older} LUKS2 header is of an earlier change")
+    return Luks2(luks2.Header.parse(chosen), tuple(damaged))
+
+
+def _luks1(beginning: bytes, detached: bool) -> Luks1:
+    sectors = beginning[: luks1_keyslots.HEADER_SECTORS_BYTES]
+    return Luks1(luks1.Header.parse(sectors, detached=detached), sectors)
+
+
+def _copy(data: Buffer, offset: int, damaged: list[str]) -> luks2_binary.Copy | None:
+    try:
+        return luks2_binary.parse_copy(data, offset)
+    except Error as error:
+        damaged.append(error.desc)
+        return None
