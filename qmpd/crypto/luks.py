@@ -298,15 +298,10 @@ class Luks2(LuksHeader):
     @property
     def segments(self) -> tuple[PayloadSegment, ...]:
         """Those of the metadata."""
+        length = self.key_bytes
         return tuple(
-            PayloadSegment(
-                segment.offset,
-                segment.size,
-                segment.spec(self.key_bytes),
-                segment.iv_tweak,
-                segment.sector_size,
-            )
-            for segment in self.header.segments
+            PayloadSegment(one.offset, one.size, one.spec(length), one.iv_tweak, one.sector_size)
+            for one in self.header.segments
         )
 
     def payload_bytes(self, volume_bytes: int) -> int:
@@ -361,7 +356,7 @@ class Luks2(LuksHeader):
             yield from luks2_kdf.calibrating(
                 kind,
                 choice.milliseconds,
-                self.key_bytes,
+                _MEASURED_KEY_BYTES,
                 hash_name=self.header.volume_digest.hash_name,
                 memory=memory,
                 cpus=cpus,
@@ -379,6 +374,10 @@ class Luks2(LuksHeader):
         """Take the keys out of slots."""
         header, plan = luks2_keyslots.erase_plan(self.header, slots, random)
         return Luks2(header), plan
+
+
+#: For how long a key a derivation is measured: a LUKS2 header without keyslots does not say.
+_MEASURED_KEY_BYTES: Final = 64
 
 
 # -- reading
