@@ -37,6 +37,7 @@ VERSION: Final = 2
 #: magic, version, hdr_size, seqid, label, csum_alg, salt, uuid, subsystem, hdr_offset, padding,
 #: csum (section 2.1, figure 2); 3584 zeroes follow.
 _BINARY: Final = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
+_MAX_SEQUENCE: Final = (1 << 64) - 1
 _CHECKSUM_BYTES: Final = 64
 _CHECKSUM_OFFSET: Final = _BINARY.size - _CHECKSUM_BYTES
 _SALT_BYTES: Final = 64
@@ -67,7 +68,12 @@ class BinaryHeader:
         return self.size - BINARY_BYTES
 
     def next(self) -> BinaryHeader:
-        """The header of the next change."""
+        """The header of the next change.
+
+        :raise Error: there can't be another one.
+        """
+        if self.sequence == _MAX_SEQUENCE:
+            raise Error("The sequence number of the LUKS2 header can't grow any more")
         return replace(self, sequence=self.sequence + 1)
 
     def pack(self, json: bytes, *, secondary: bool, random: Callable[[int], bytes] = os.urandom) -> bytes:
