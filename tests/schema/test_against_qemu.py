@@ -101,10 +101,28 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ("query-named-block-nodes ->[].image.format-specific.type", "rbd vmdk", LATER),
 )
 
+LUKS2: Final = "is of LUKS2, which QEMU has not"
+
 #: (place, members or values that only qmpd has there, why).
 ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
     ("blockdev-add.driver", "gluks", "is the driver's name in early proposals, and deprecated"),
     ("blockdev-add<luks>", "header-file", "is the member's name in early proposals, and deprecated"),
+    (
+        "blockdev-create.options<luks>",
+        "version pbkdf pbkdf-memory pbkdf-parallel sector-size label subsystem",
+        LUKS2,
+    ),
+    ("x-blockdev-amend.options<luks>", "pbkdf pbkdf-memory pbkdf-parallel", LUKS2),
+    (
+        "query-named-block-nodes ->[].image.format-specific<luks>.data",
+        "version label subsystem sector-size damaged",
+        LUKS2,
+    ),
+    (
+        "query-named-block-nodes ->[].image.format-specific<luks>.data.slots[]",
+        "slot pbkdf pbkdf-memory pbkdf-parallel priority",
+        LUKS2,
+    ),
     ("query-block ->[]", "nbd-uri", "tells where a device is served, which QEMU never does"),
 )
 
