@@ -67,6 +67,7 @@ from qmpd.errors import Error
 
 __all__ = [
     "HEADER_BYTES",
+    "HEAD_BYTES",
     "INVALID_PASSWORD",
     "SALT_BYTES",
     "SECTOR",
@@ -75,6 +76,7 @@ __all__ = [
     "Header",
     "Keyslot",
     "VolumeKey",
+    "fits_digest",
     "format_plan",
     "iterations_for",
     "new_header",
@@ -108,6 +110,10 @@ _ALIGNMENT: Final = 4096 // SECTOR
 _HEADER: Final = struct.Struct(">6sH32s32s32sII20s32sI40s")
 #: active, iterations, salt, key-material-offset, stripes (specification, figure 2)
 _SLOT: Final = struct.Struct(">II32sII")
+
+
+#: What stands before the slots' descriptions, in bytes.
+HEAD_BYTES: Final = _HEADER.size
 
 
 def slot_extent(number: int) -> tuple[int, int]:
@@ -388,6 +394,17 @@ def unlock_slot(
         return key
     _wipe(key)
     return None
+
+
+def fits_digest(header: Header, key: Buffer) -> bool:
+    """Whether `key` is the volume key of this header (specification, figure 5).
+
+    It may take long and releases the interpreter lock: call it in a worker thread.
+    """
+    digest = kdf.pbkdf2(
+        header.hash_name, key, header.digest_salt, header.digest_iterations, len(header.digest)
+    )
+    return hmac.compare_digest(digest, header.digest)
 
 
 def _wipe(buffer: bytearray) -> None:
