@@ -1,4 +1,4 @@
-"""A LUKS header is saved, put back and looked at through QMP; cryptsetup and QEMU judge what becomes of it."""
+"""A LUKS header is saved, put back and looked at through QMP; cryptsetup and QEMU judge the outcome."""
 
 from __future__ import annotations
 
