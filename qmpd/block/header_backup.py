@@ -24,7 +24,7 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qmpd.block import keyslots, luks_header
 from qmpd.block.keyslot_holder import KeyslotHolder
@@ -58,7 +58,7 @@ async def save(holder: KeyslotHolder, filename: str) -> None:
     async with graph.turn(holder.header_identity):
         header, sectors, materials = await _read_whole(holder)
     with holder.copy_volume_key() as key:
-        if not await graph.in_key_thread(luks1.fits_digest, header, key.data):
+        if not await graph.in_key_thread(luks1.checking_digest(header, key.data)):
             raise Error("The volume key does not fit the digest in the LUKS header")
     file = _NewFile(filename)
     image = luks1_backup.backup_image(sectors)
@@ -208,7 +208,7 @@ def _parse_backup(sectors: bytes, known: luks1.Header, size: int, *, detached: b
 
 async def _check_digest(holder: KeyslotHolder, backup: luks1.Header) -> None:
     with holder.copy_volume_key() as key:
-        if not await holder.graph.in_key_thread(luks1.fits_digest, backup, key.data):
+        if not await holder.graph.in_key_thread(luks1.checking_digest(backup, key.data)):
             raise Error("The backup is of another volume: the volume key does not fit its digest")
 
 
@@ -225,14 +225,10 @@ async def _check_unforced(
         raise Error("There is a LUKS header of another volume now - refusing to overwrite it")
     if backup.uuid != known.uuid:
         raise Error(f"The backup has the UUID '{backup.uuid}', and the volume '{known.uuid}'")
-    password: Any = graph.secrets(secret)
-    try:
+    with graph.secrets(secret) as password:
         for slot in backup.active_slots:
-            with suppress(
-                Error
-            ):  # a slot with an absurd iteration count does not keep others from being tried
+            # A slot with an absurd iteration count does not keep the others from being tried.
+            with suppress(Error):
                 if await luks_header.opens(graph, source, backup, slot, password):
                     return
-    finally:
-        password[:] = bytes(len(password))
     raise Error(f"The passphrase of secret '{secret}' opens no keyslot of the backup")

@@ -85,4 +85,4 @@ async def _speed(graph: Graph, hash_name: str, key_bytes: int) -> float:
 
 
 async def _measure(graph: Graph, hash_name: str, key_bytes: int) -> float:
-    return await graph.in_key_thread(kdf.calibrate, hash_name, 1000, key_bytes) / 1000
+    return await graph.in_key_thread(kdf.calibrating(hash_name, 1000, key_bytes)) / 1000

@@ -25,8 +25,8 @@ from typing import Final
 
 from qmpd.crypto.luks1 import HEAD_BYTES, HEADER_BYTES, SECTOR, Header
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, Image, Random, free_slot
+from qmpd.crypto.memory import Buffer
 from qmpd.crypto.plan import Barrier, Plan, Write
-from qmpd.crypto.sectors import Buffer
 from qmpd.errors import Error
 
 #: Both versions of LUKS begin a header so; the second begins its second copy otherwise.

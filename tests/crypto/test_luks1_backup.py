@@ -16,7 +16,7 @@ from qmpd.crypto.luks1 import (
     SLOTS,
     Header,
     Keyslot,
-    fits_digest,
+    checking_digest,
     format_plan,
     unlock_slot,
 )
@@ -28,8 +28,9 @@ from qmpd.crypto.luks1_backup import (
     rewrite_plan,
     state_of,
 )
-from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, activate_plan, erase_plan
+from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, activating, erase_plan
 from qmpd.crypto.plan import Barrier, Plan, Write
+from qmpd.crypto.steps import run
 
 SPEC: Final = CipherSpec("aes-128", "xts", "plain64")
 
@@ -53,8 +54,8 @@ class Volume:
     def set_slots(self, slots: Mapping[int, bytes]) -> None:
         """Every slot gets a new key, whatever it held; the others are erased."""
         for slot, password in slots.items():
-            self.header, plan = activate_plan(
-                self.header, self.sectors, [slot], self.key, password, 1000, self.random
+            self.header, plan = run(
+                activating(self.header, self.sectors, [slot], self.key, password, 1000, self.random)
             )
             self.apply(plan)
         rest = [slot for slot in self.header.active_slots if slot not in slots]
@@ -280,5 +281,5 @@ def test_a_backup_begins_with_the_header_and_nothing_else() -> None:
 
 def test_only_the_volume_key_fits_the_digest() -> None:
     volume = Volume({0: b"a"})
-    assert fits_digest(volume.header, volume.key)
-    assert not fits_digest(volume.header, bytes(len(volume.key)))
+    assert run(checking_digest(volume.header, volume.key))
+    assert not run(checking_digest(volume.header, bytes(len(volume.key))))
