@@ -33,6 +33,7 @@ CHAINS: Final = "is about compression and bitmaps, which no driver of ours has"
 THROTTLING: Final = "belongs to the throttle driver, which is not there yet"
 PRIMITIVES: Final = "is not offered by the cryptography library, or is no mode for a disk"
 ORNAMENT: Final = "would have no effect"
+OURS: Final = "is an extension, and named as one"
 
 _RATES: Final = (
     "bps_max bps_rd_max bps_wr_max iops_max iops_rd_max iops_wr_max bps_max_length bps_rd_max_length "
@@ -123,6 +124,7 @@ ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
         "slot pbkdf pbkdf-memory pbkdf-parallel priority",
         LUKS2,
     ),
+    ("query-jobs ->[].type", "__org.qmpd_luks-header-backup __org.qmpd_luks-header-restore", OURS),
     ("query-block ->[]", "nbd-uri", "tells where a device is served, which QEMU never does"),
 )
 
@@ -148,6 +150,9 @@ OF_THE_MACHINE: Final = frozenset(
 #: Commands that only qmpd has, and why.
 COMMANDS_OF_QMPD: Final[Mapping[str, str]] = {
     "blockdev-amend": "is x-blockdev-amend, which QEMU calls unstable",
+    "__org.qmpd_query-luks-keyslots": OURS,
+    "__org.qmpd_luks-header-backup": OURS,
+    "__org.qmpd_luks-header-restore": OURS,
 }
 
 
