@@ -7,7 +7,7 @@ that a keyslot takes 64,000 bytes and little time; the number of iterations is t
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -102,16 +102,16 @@ class Judge:
         slots = header.active_slots if slot is None else [slot]
         return any(self._try(header, number, area, password) for number in slots)
 
-    def opened(self, area: bytes, passwords: Mapping[int, bytes] | set[bytes]) -> dict[int, bytes]:
-        """Which of these passphrases opens which slot."""
-        candidates = set(passwords.values() if isinstance(passwords, Mapping) else passwords)
+    def opened(self, area: bytes, passwords: Iterable[bytes]) -> dict[int, bytes]:
+        """Which of these passphrases opens which slot; those that probably do come first."""
+        candidates = list(dict.fromkeys(passwords))
         header = self.header(area)
-        return {
-            slot: password
-            for slot in header.active_slots
-            for password in candidates
-            if self._try(header, slot, area, password)
-        }
+        found = {}
+        for slot in header.active_slots:
+            match = next((one for one in candidates if self._try(header, slot, area, one)), None)
+            if match is not None:
+                found[slot] = match
+        return found
 
     def _try(self, header: Header, slot: int, area: bytes, password: bytes) -> bool:
         if not header.slots[slot].active:
@@ -152,9 +152,9 @@ def opens_by_cryptsetup(header: Path, password: bytes) -> bool:
 
 def opens_by_qemu_io(image_options: str, password: bytes) -> bool:
     """Whether qemu-io opens the image with the passphrase as secret `k`, and reads its first sector."""
+    secret = ["--object", f"secret,id=k,data={password.decode()}"]
     done = subprocess.run(
-        ["qemu-io", "--object", f"secret,id=k,data={password.decode()}", "--image-opts", image_options]
-        + ["-r", "-c", "read 0 512"],
+        ["qemu-io", "-r", "-c", "read 0 512", "--image-opts", image_options, *secret],
         capture_output=True,
         text=True,
         check=False,

@@ -1,9 +1,9 @@
 """The storage of a LUKS header fails while keyslots change, and the command that fails changes nothing.
 
 Each request that a change makes of its storage fails in turn: once, or from then on, or a few later ones as
-well, so that undoing fails too; a write may leave its first half.  Header and key area are afterwards byte for
-byte as before, if the storage let itself be put back; if not, what should open the disk does.  The node knows
-what the storage has, goes on serving its guest, and a later change works.
+well, so that undoing fails too; a write may leave its first half.  Header and key area are afterwards byte
+for byte as before, if the storage let itself be put back; if not, what should open the disk does.  The node
+knows what the storage has, goes on serving its guest, and a later change works.
 """
 
 from __future__ import annotations
@@ -268,14 +268,14 @@ async def test_whichever_request_fails_the_slots_are_as_before(
                 assert now == after
             elif NOT_UNDONE in answer:
                 assert os.strerror(error) in answer
-                opened = disk.judge.opened(now, {*passwords.values(), b"new"}).values()
+                opened = disk.judge.opened(now, [*passwords.values(), b"new"]).values()
                 assert each <= {*opened}, (number, answer)
                 assert not some or some & {*opened}, (number, answer)
             else:
                 assert os.strerror(error) in answer
                 assert now == before, (number, torn, lasting, later, answer)
                 # Nothing is in the way of the next one.
-                assert not number % 5 == 0 or await attempt() == ""
+                assert number % 5 or await attempt() == ""
             disk.put(before)
             disk.node.luks_header = header
         outcomes.append(answers)
@@ -326,8 +326,8 @@ async def test_a_command_that_fails_changes_nothing_and_the_next_one_works(
 
     disk.trouble.cease()
     await amend()
-    requests, after = disk.trouble.count, disk.judge.opened(disk.area(), {*passwords.values(), b"new"})
-    assert after != disk.judge.opened(before, {*passwords.values()})
+    requests, after = disk.trouble.count, disk.judge.opened(disk.area(), [*passwords.values(), b"new"])
+    assert after != disk.judge.opened(before, passwords.values())
     for number in sorted(chance.sample(range(requests), 4)):
         disk.put(before)
         disk.node.luks_header = header
@@ -347,6 +347,6 @@ async def test_a_command_that_fails_changes_nothing_and_the_next_one_works(
             assert disk.area() == before
             assert disk.known_header == header
             await amend()
-        assert disk.judge.opened(disk.area(), {*passwords.values(), b"new"}) == after
+        assert disk.judge.opened(disk.area(), [*passwords.values(), b"new"]) == after
         assert disk.known_header == parse(disk.area(), detached=disk.detached)
     await disk.graph.close()
