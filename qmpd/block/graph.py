@@ -26,6 +26,7 @@ from qmpd.block import backing
 from qmpd.block.backend import Backend
 from qmpd.block.change import Change
 from qmpd.block.cipher_pool import CipherPool
+from qmpd.block.derivation_memory import DerivationMemory
 from qmpd.block.derivation_speed import DerivationSpeed
 from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
@@ -94,6 +95,7 @@ class Graph:
         use, for the user to wipe; raises Error if there is none.
     :param key_memory: where the volume keys are; by default in pages of its own.
     :param cipher_pool: other processes that cipher long requests; by default this one does it all.
+    :param pbkdf_memory: what key derivations may take together, in KiB; None for what is usual.
     :param validate: checks BlockdevOptions that stand in an image's header, and returns them with
         numbers where there were strings for numbers; raises Error.
     :param corrupted: is told when a driver finds that an image is damaged.
@@ -106,6 +108,7 @@ class Graph:
         secrets: Callable[[str], KeyBuffer],
         key_memory: KeyMemory | None = None,
         cipher_pool: CipherPool | None = None,
+        pbkdf_memory: int | None = None,
         validate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
         corrupted: Corrupted | None = None,
     ) -> None:
@@ -124,6 +127,7 @@ class Graph:
         self._changing = asyncio.Lock()
         #: Gone as soon as nobody has them or waits for them.
         self._turns: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
+        self.derivation_memory = DerivationMemory(pbkdf_memory)
         self.derivation_speed = DerivationSpeed()
         self._departing: set[asyncio.Task[None]] = set()
         self._io_threads = Threads(IO_THREADS, "qmpd-io")

@@ -30,6 +30,7 @@ from qmpd.block import keyslots, luks_header
 from qmpd.block.keyslot_holder import KeyslotHolder
 from qmpd.block.luks_header import HeaderArea
 from qmpd.crypto import luks1, luks1_backup
+from qmpd.crypto.luks import Luks1, LuksHeader
 from qmpd.crypto.luks1_backup import HeaderState
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
 from qmpd.errors import Error
@@ -42,6 +43,16 @@ _ATTEMPTS: Final = 3
 
 #: Only its owner may read a backup, and nobody write it: that is what cryptsetup makes.
 _MODE: Final = 0o400
+
+
+def version_1(header: LuksHeader) -> Luks1:
+    """The header, if it is of LUKS1.
+
+    :raise Error: if it is not.
+    """
+    if not isinstance(header, Luks1):
+        raise Error(f"This is not there yet for LUKS{header.version} headers")
+    return header
 
 
 # -- saving
@@ -74,10 +85,10 @@ async def save(holder: KeyslotHolder, filename: str) -> None:
 async def _read_whole(holder: KeyslotHolder) -> tuple[luks1.Header, bytes, dict[int, bytes]]:
     """A header, its sectors, and the key material of the slots in use, all of one moment."""
     for _ in range(_ATTEMPTS):
-        header, sectors = await keyslots.read_again(holder)
-        materials = await _materials(holder.header_area, header, header.active_slots)
-        if (await keyslots.read_again(holder))[1] == sectors:
-            return header, sectors, materials
+        found = version_1(await keyslots.read_again(holder))
+        materials = await _materials(holder.header_area, found.header, found.header.active_slots)
+        if await keyslots.read_again(holder) == found:
+            return found.header, found.sectors, materials
     raise Error("The LUKS header is being changed by somebody else")
 
 
@@ -160,8 +171,8 @@ async def put_back(
     :raise OSError: what the storage says; then all is as before, if the storage let us put it back.
     """
     graph = holder.graph
-    known = holder.luks_header
-    assert known is not None, "whoever is given a backup has keyslots"
+    assert holder.luks_header is not None, "whoever is given a backup has keyslots"
+    known = version_1(holder.luks_header).header
     detached = holder.header_role == "header"
     options = {"driver": "file", "filename": filename, "read-only": True}
     async with graph.borrow(options) as file, keyslots.exclusive(holder) as access:
@@ -183,7 +194,7 @@ async def put_back(
             )
         commit()
         await access.carry_out(plan)
-        access.announce(header)
+        access.announce(Luks1(known, sectors).after(plan, header))
 
 
 def _parse_backup(sectors: bytes, known: luks1.Header, size: int, *, detached: bool) -> luks1.Header:
@@ -229,6 +240,6 @@ async def _check_unforced(
         for slot in backup.active_slots:
             # A slot with an absurd iteration count does not keep the others from being tried.
             with suppress(Error):
-                if await luks_header.opens(graph, source, backup, slot, password):
+                if await luks_header.opens(graph, source, Luks1(backup, b""), slot, password):
                     return
     raise Error(f"The passphrase of secret '{secret}' opens no keyslot of the backup")

@@ -17,7 +17,8 @@ from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.block.luks_header import HeaderArea, OpenedSlot
-    from qmpd.crypto import luks1
+    from qmpd.crypto.luks import LuksHeader
+    from qmpd.crypto.luks1 import VolumeKey
 
 #: What a change of keyslots keeps others from.
 _UNSHARED: Final = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
@@ -63,12 +64,12 @@ class KeyslotHolder(Node):
 
     @property
     @abstractmethod
-    def luks_header(self) -> luks1.Header | None:
+    def luks_header(self) -> LuksHeader | None:
         """The header as it was read last, or None if there is none."""
 
     @luks_header.setter
     @abstractmethod
-    def luks_header(self, header: luks1.Header) -> None: ...
+    def luks_header(self, header: LuksHeader) -> None: ...
 
     @property
     @abstractmethod
@@ -81,7 +82,7 @@ class KeyslotHolder(Node):
         """The keyslot that it was opened by."""
 
     @abstractmethod
-    def copy_volume_key(self) -> luks1.VolumeKey:
+    def copy_volume_key(self) -> VolumeKey:
         """A copy of the volume key, for the caller to wipe."""
 
     @property

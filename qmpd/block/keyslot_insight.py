@@ -11,9 +11,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from qmpd.block.header_backup import version_1
 from qmpd.block.keyslot_holder import KeyslotHolder, holders_beside
 from qmpd.block.luks_header import DEFAULT_ITER_TIME
 from qmpd.crypto import kdf, luks1_backup
+from qmpd.crypto.luks import Luks1
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
 
 if TYPE_CHECKING:
@@ -34,12 +36,12 @@ async def query(holder: KeyslotHolder) -> dict[str, Any]:
     :raise Error: if the header can't be read.
     """
     graph = holder.graph
-    known = holder.luks_header
-    assert known is not None, "whoever is asked has keyslots"
+    assert holder.luks_header is not None, "whoever is asked has keyslots"
+    known = version_1(holder.luks_header).header
     sectors = await holder.header_area.read(0, HEADER_SECTORS_BYTES)
     state, found = luks1_backup.state_of(sectors, known, detached=holder.header_role == "header")
     header = found or known
-    opened = holder.opened_slot.find(header)
+    opened = holder.opened_slot.find(Luks1(header, b""))
     key_speed = await _speed(graph, header.hash_name, header.key_bytes)
     digest_speed = await _speed(graph, header.hash_name, len(header.digest))
     info: dict[str, Any] = {

@@ -31,14 +31,13 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.block import luks_header
 from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder, holders_beside
 from qmpd.block.luks_header import HeaderArea
-from qmpd.crypto import kdf, luks1, luks1_keyslots
-from qmpd.crypto.luks1 import SECTOR
+from qmpd.crypto.luks import LuksHeader
+from qmpd.crypto.luks1 import SECTOR, VolumeKey
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
 from qmpd.crypto.plan import Plan, Write
 from qmpd.errors import Error
@@ -67,13 +66,13 @@ async def amend(
     :raise Error: in QEMU's words; then all is as before, if the storage let us put it back.
     """
     async with exclusive(holder) as access:
-        header, sectors = await read_again(holder)
+        header = await read_again(holder)
         plan_change = _activation if options["state"] == "active" else _erasure
-        header, plan = await plan_change(holder, header, sectors, options, force)
-        _check_extents(holder, header, plan)
+        changed, plan = await plan_change(holder, header, options, force)
+        _check_extents(holder, changed, plan)
         commit()
-        await access.carry_out(plan, expected=sectors)
-        access.announce(header)
+        await access.carry_out(plan, expected=header)
+        access.announce(changed)
 
 
 class Access:
@@ -87,10 +86,10 @@ class Access:
         self._holder = holder
         self._others = others
 
-    async def carry_out(self, plan: Plan, *, expected: bytes | None = None) -> None:
+    async def carry_out(self, plan: Plan, *, expected: LuksHeader | None = None) -> None:
         """Write what a plan says; if that fails, undo what has been done.
 
-        :param expected: what is at the header's beginning, if the plan relies on it.
+        :param expected: the header that is there, if the plan relies on it.
         :raise Error: what the storage says, and whether not all could be undone.
         """
         area = self._holder.header_area
@@ -99,7 +98,7 @@ class Access:
             raise Error(f"{area.failure}: {os.strerror(errno.EPERM)}")
         # Nobody reopens or replaces the nodes below meanwhile.
         async with self._holder.graph.change():
-            if expected is not None and await area.read(0, len(expected)) != expected:
+            if expected is not None and await _read(self._holder) != expected:
                 raise Error("The LUKS header has been changed by somebody else meanwhile")
             overwritten: list[tuple[int, bytes]] = []
             try:
@@ -117,7 +116,7 @@ class Access:
                 reason = error.desc if isinstance(error, Error) else f"{WRITE_FAILURE}: {error.strerror}"
                 raise Error(reason if undone else f"{reason}; {NOT_UNDONE}") from None
 
-    def announce(self, header: luks1.Header) -> None:
+    def announce(self, header: LuksHeader) -> None:
         """Tell all holders what the header is now."""
         for holder in (self._holder, *self._others):
             holder.luks_header = header
@@ -125,7 +124,7 @@ class Access:
     async def _read_back(self) -> None:
         """Tell all holders what the storage has, if it can be read."""
         try:
-            header, _ = await read_again(self._holder)
+            header = await read_again(self._holder)
         except Error as error:
             _LOG.warning("the header of node '%s' can't be read: %s", self._holder.name, error.desc)
         else:
@@ -171,7 +170,7 @@ async def _put_back(area: HeaderArea, offset: int, data: bytes) -> None:
         start = end + SECTOR
 
 
-def _check_extents(holder: KeyslotHolder, header: luks1.Header, plan: Plan) -> None:
+def _check_extents(holder: KeyslotHolder, header: LuksHeader, plan: Plan) -> None:
     """See that a plan keeps within the header and its key area.
 
     A detached header is not held against a payload when it is read, and says itself where its slots are.
@@ -179,19 +178,12 @@ def _check_extents(holder: KeyslotHolder, header: luks1.Header, plan: Plan) -> N
     :raise Error: if it does not.
     """
     area = holder.header_area
-    if header.payload_offset:
-        end = header.payload_offset * SECTOR
-    else:
-        # It may have been cut off behind the last slot in use.
-        usual = luks1.new_header(header.spec, header.hash_name, detached=True)
-        end = max(area.node.size, usual.header_length())
+    end = header.key_area_end(area.node.size)
     if area.length is not None:
         end = min(end, area.length)
     for step in plan:
-        if not isinstance(step, Write) or step.offset + len(step.data) <= HEADER_SECTORS_BYTES:
-            continue
-        if step.offset + len(step.data) > end:
-            slot = [keyslot.key_offset for keyslot in header.slots].index(step.offset // SECTOR)
+        if isinstance(step, Write) and step.offset + len(step.data) > max(end, HEADER_SECTORS_BYTES):
+            slot = next(n for n in range(header.slot_count) if header.material_extent(n)[0] == step.offset)
             raise Error(f"Keyslot {slot} ends behind the LUKS header's key area, at byte {end}")
 
 
@@ -240,86 +232,89 @@ def _set_access(graph: Graph, holders: list[KeyslotHolder], access: HeaderAccess
     graph.settle(*holders)
 
 
-async def read_again(holder: KeyslotHolder) -> tuple[luks1.Header, bytes]:
-    """The header as it is now, and the sectors on which it is.
+async def read_again(holder: KeyslotHolder) -> LuksHeader:
+    """The header as it is now.
 
     :raise Error: if it can't be read, or is that of another volume.
     """
     known = holder.luks_header
     assert known is not None, "whoever changes keyslots has some"
-    sectors = bytes(await holder.header_area.read(0, HEADER_SECTORS_BYTES))
-    header = luks1.Header.parse(sectors, detached=holder.header_role == "header")
-    if replace(header, slots=known.slots) != known:
+    header = await _read(holder)
+    if not header.is_of_same_volume(known):
         raise Error("The LUKS header is another one than when the node was opened")
-    return header, sectors
+    return header
+
+
+async def _read(holder: KeyslotHolder) -> LuksHeader:
+    detached = holder.header_role == "header"
+    return await luks_header.read_header(holder.header_area, detached=detached)
 
 
 # -- what is to change
 
 
 async def _activation(
-    holder: KeyslotHolder, header: luks1.Header, sectors: bytes, options: Mapping[str, Any], force: bool
-) -> tuple[luks1.Header, Plan]:
+    holder: KeyslotHolder, header: LuksHeader, options: Mapping[str, Any], force: bool
+) -> tuple[LuksHeader, Plan]:
     """Put a new passphrase into the slots that the options mean."""
     graph = holder.graph
     if "new-secret" not in options:
         raise Error("'new-secret' is required to activate a keyslot")
     slots = await _slots_to_activate(holder, header, options, force)
-    iter_time = options.get("iter-time", luks_header.DEFAULT_ITER_TIME)
+    choice = luks_header.kdf_choice(graph, options)
     with (
         await _volume_key(holder, header, options.get("secret"), force) as key,
         graph.secrets(options["new-secret"]) as password,
     ):
-        iterations = await graph.in_key_thread(kdf.calibrating(header.hash_name, iter_time, header.key_bytes))
-        return await graph.in_key_thread(
-            luks1_keyslots.activating(header, sectors, slots, key.data, password.data, iterations)
-        )
+        async with graph.derivation_memory.reserve(choice.most_memory if header.version > 1 else 0):
+            costs = await graph.in_key_thread(header.calibrating(choice))
+            return await graph.in_key_thread(header.activating(slots, key.data, password.data, costs))
 
 
 async def _slots_to_activate(
-    holder: KeyslotHolder, header: luks1.Header, options: Mapping[str, Any], force: bool
+    holder: KeyslotHolder, header: LuksHeader, options: Mapping[str, Any], force: bool
 ) -> list[int]:
     # QEMU never takes an old passphrase here.  With `force` it says which slots to overwrite.
     if "old-secret" in options and not force:
         raise Error("'old-secret' must not be given when activating keyslots")
     if "keyslot" in options:
-        slot = _checked(options["keyslot"], unsigned=True)
-        if header.slots[slot].active and not force:
+        slot = _checked(header, options["keyslot"], unsigned=True)
+        if slot in header.active_slots and not force:
             raise Error(f"Refusing to overwrite active keyslot {slot} - please erase it first")
         if "old-secret" in options:
             await _slots_opened(holder, header, options["old-secret"], slot)
         return [slot]
     if "old-secret" in options:
         return await _slots_opened(holder, header, options["old-secret"])
-    for slot, keyslot in enumerate(header.slots):
-        if not keyslot.active:
-            return [slot]
-    raise Error("Can't add a keyslot - all keyslots are in use")
+    free = header.free_slot()
+    if free is None:
+        raise Error("Can't add a keyslot - all keyslots are in use")
+    return [free]
 
 
 async def _erasure(
-    holder: KeyslotHolder, header: luks1.Header, sectors: bytes, options: Mapping[str, Any], force: bool
-) -> tuple[luks1.Header, Plan]:
+    holder: KeyslotHolder, header: LuksHeader, options: Mapping[str, Any], force: bool
+) -> tuple[LuksHeader, Plan]:
     """Erase the slots that the options mean."""
-    for member in ("new-secret", "iter-time", "secret"):
+    for member in ("new-secret", "iter-time", "secret", "pbkdf", "pbkdf-memory", "pbkdf-parallel"):
         if member in options:
             raise Error(f"'{member}' must not be given when erasing keyslots")
     if "keyslot" in options:
         given = options["keyslot"]
-        slots = [_checked(given)] if "old-secret" not in options else []
+        slots = [_checked(header, given)] if "old-secret" not in options else []
         if "old-secret" in options:
             slots = await _slots_opened(holder, header, options["old-secret"], given)
         slot = slots[0]
-        if not header.slots[slot].active and not force:
+        if slot not in header.active_slots and not force:
             raise Error(f"Given keyslot {slot} is already erased (inactive) ")
-        if header.active_slots == [slot] and not force:
+        if header.volume_slots == [slot] and not force:
             raise Error(
                 f"Attempt to erase the only active keyslot {slot} which will erase all the data in the image "
                 "irreversibly - refusing operation"
             )
     elif "old-secret" in options:
         slots = await _slots_opened(holder, header, options["old-secret"])
-        if slots == header.active_slots and not force:
+        if slots == header.volume_slots and not force:
             raise Error(
                 "All the active keyslots match the (old) password that was given and erasing them will erase "
                 "all the data in the image irreversibly - refusing operation"
@@ -329,19 +324,19 @@ async def _erasure(
             "To erase keyslot(s), either explicit keyslot index or the password currently contained in them "
             "must be given"
         )
-    return luks1_keyslots.erase_plan(header, sectors, slots)
+    return header.erasing(slots)
 
 
-def _checked(slot: int, *, unsigned: bool = False) -> int:
-    if not 0 <= slot < luks1.SLOTS:
+def _checked(header: LuksHeader, slot: int, *, unsigned: bool = False) -> int:
+    if not 0 <= slot < header.slot_count:
         # A number is never cut to 32 bits, so that 2^32 would mean slot 0, as it does in QEMU.
         shown = slot + (1 << 32) if unsigned and -(1 << 31) <= slot < 0 else slot
-        raise Error(f"Invalid keyslot {shown} specified, must be between 0 and {luks1.SLOTS - 1}")
+        raise Error(f"Invalid keyslot {shown} specified, must be between 0 and {header.slot_count - 1}")
     return slot
 
 
 async def _slots_opened(
-    holder: KeyslotHolder, header: luks1.Header, secret: str, slot: int | None = None
+    holder: KeyslotHolder, header: LuksHeader, secret: str, slot: int | None = None
 ) -> list[int]:
     """The slots that a secret's passphrase opens.
 
@@ -351,14 +346,16 @@ async def _slots_opened(
     graph = holder.graph
     with graph.secrets(secret) as password:
         if slot is not None:
-            if not await luks_header.opens(graph, holder.header_area, header, _checked(slot), password):
+            if not await luks_header.opens(
+                graph, holder.header_area, header, _checked(header, slot), password
+            ):
                 raise Error(
                     f"Given keyslot {slot} doesn't contain the given old password for erase operation"
                 )
             return [slot]
         slots = [
             number
-            for number in header.active_slots
+            for number in header.volume_slots
             if await luks_header.opens(graph, holder.header_area, header, number, password)
         ]
         if not slots:
@@ -367,8 +364,8 @@ async def _slots_opened(
 
 
 async def _volume_key(
-    holder: KeyslotHolder, header: luks1.Header, secret: str | None, force: bool
-) -> luks1.VolumeKey:
+    holder: KeyslotHolder, header: LuksHeader, secret: str | None, force: bool
+) -> VolumeKey:
     """The volume key: whoever adds a key has to know one, as in QEMU; with `force` it need not be so.
 
     :param secret: what the client has named, which has to be there in any case, or None.

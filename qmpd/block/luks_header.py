@@ -1,24 +1,27 @@
-"""Unlocking a LUKS1 header that lies on a node, and making one.
+"""Reading and unlocking a LUKS header that lies on a node, and making one.
 
 It may be at a disk's beginning, on a disk of its own, or somewhere inside an image of another format; a
 :class:`HeaderArea` says where.  The passphrase is asked for at the moment of use and wiped at once, and
 keys are derived in threads, so that the event loop never waits for one, in steps, so that whoever is
 cancelled stops at the next one.
 
-Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in `qmpd.crypto.luks1`).
+The formats are in `qmpd.crypto.luks1` and `qmpd.crypto.luks2`, and the shape that both have in
+`qmpd.crypto.luks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from qmpd.crypto import luks1
+from qmpd.crypto import kdf, luks, luks1, luks1_keyslots, luks2, luks2_kdf, luks2_keyslots
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.luks import KdfChoice, LuksHeader, PayloadSegment
+from qmpd.crypto.luks1 import VolumeKey
 from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Plan
-from qmpd.crypto.sectors import SectorCipher
 from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
@@ -48,12 +51,13 @@ class OpenedSlot:
     number: int
     salt: bytes = field(repr=False)
 
-    def find(self, header: luks1.Header) -> int | None:
+    def find(self, header: LuksHeader) -> int | None:
         """The slot in which that key is now, or None if it has gone."""
-        numbers = (self.number, *range(luks1.SLOTS))
-        return next(
-            (n for n in numbers if header.slots[n].active and header.slots[n].salt == self.salt), None
-        )
+        for number in (self.number, *header.volume_slots):
+            with suppress(Error):
+                if number in header.volume_slots and header.derivation(number).salt == self.salt:
+                    return number
+        return None
 
 
 @dataclass(frozen=True)
@@ -106,61 +110,96 @@ class HeaderArea:
         await self.node.pwrite(self.offset + offset, data, grow=True)
 
 
+async def read_header(
+    area: HeaderArea, *, detached: bool = False, only_version_1: bool = False
+) -> LuksHeader:
+    """Read the header in an area.
+
+    :param detached: the payload is on another node than the header.
+    :param only_version_1: refuse any other version.
+    :raise Error: what is wrong with it.
+    """
+    reader = luks.reading(detached=detached, only_version_1=only_version_1)
+    extent = next(reader)
+    while True:
+        data = await area.read(*extent)
+        try:
+            extent = reader.send(data)
+        except StopIteration as end:
+            header: LuksHeader = end.value
+            return header
+
+
 async def unlock(
     graph: Graph,
     area: HeaderArea,
     options: Mapping[str, Any],
     *,
     detached: bool = False,
+    only_version_1: bool = False,
     prefix: str = "",
-) -> tuple[luks1.Header, SectorCipher, OpenedSlot]:
+) -> tuple[LuksHeader, VolumeKey, OpenedSlot]:
     """Read a header and unlock it.
 
     :param options: their "key-secret" is the id of the passphrase's secret.
     :param detached: the payload is on another node than the header.
+    :param only_version_1: refuse any other version.
     :param prefix: what the option's name begins with in messages.
-    :returns: the header; the cipher of its volume key, for the caller to close; and the slot that opened.
+    :returns: the header; the volume key, for the caller to wipe; and the slot that opened.
     :raise Error: in QEMU's words.
     """
     with password_for(graph, options, prefix) as password:
-        header = luks1.Header.parse(await area.read(0, luks1.HEADER_BYTES), detached=detached)
+        header = await read_header(area, detached=detached, only_version_1=only_version_1)
         slot, key = await find_key(graph, area, header, password)
-        with key:
-            opened = OpenedSlot(slot, header.slots[slot].salt)
-            return header, SectorCipher(header.spec, key.data, memory=graph.key_memory), opened
+        return header, key, OpenedSlot(slot, header.derivation(slot).salt)
 
 
 async def find_key(
-    graph: Graph, area: HeaderArea, header: luks1.Header, password: KeyBuffer
-) -> tuple[int, luks1.VolumeKey]:
+    graph: Graph, area: HeaderArea, header: LuksHeader, password: KeyBuffer
+) -> tuple[int, VolumeKey]:
     """The first keyslot that `password` opens, and the volume key out of it.
+
+    A slot that can't be tried, be it because it would take absurdly long, does not keep the others from
+    being tried, but is what is complained of if none opens.
 
     :raise Error: in QEMU's words, if it opens none.
     """
-    materials: list[tuple[int, bytearray]] = []
     refusal = Error(luks1.INVALID_PASSWORD)
-    for number in header.active_slots:
+    for slot in header.tried_slots:
         try:
-            materials.append((number, await area.read(*header.material_extent(number))))
+            key = await _try_slot(graph, area, header, slot, password)
         except OutsideArea as error:
-            # It counts only if none of the slots before opens.
             refusal = error
             break
-    return await graph.in_key_thread(_unlocking(header, password, materials, refusal))
+        except Error as error:
+            refusal = error
+            continue
+        if key is not None:
+            return slot, VolumeKey(key)
+    raise refusal
 
 
-async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int, password: KeyBuffer) -> bool:
+async def opens(graph: Graph, area: HeaderArea, header: LuksHeader, slot: int, password: KeyBuffer) -> bool:
     """Whether `password` opens this keyslot.
 
     :raise Error: if that can't be found out.
     """
-    if not header.slots[slot].active:
+    if slot not in header.active_slots:
         return False
-    material = await area.read(*header.material_extent(slot))
-    key = await graph.in_key_thread(luks1.unlocking(header, slot, password.data, material))
+    key = await _try_slot(graph, area, header, slot, password)
     if key is not None:
         key.wipe()
     return key is not None
+
+
+async def _try_slot(
+    graph: Graph, area: HeaderArea, header: LuksHeader, slot: int, password: KeyBuffer
+) -> KeyBuffer | None:
+    """The volume key, if `password` opens this slot."""
+    derivation = header.derivation(slot)
+    material = await area.read(*header.material_extent(slot))
+    async with graph.derivation_memory.reserve(derivation.memory):
+        return await graph.in_key_thread(header.unlocking(slot, password.data, material))
 
 
 def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> KeyBuffer:
@@ -171,27 +210,6 @@ def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> 
     if "key-secret" not in options:
         raise Error(f"Parameter '{prefix}key-secret' is required for cipher")
     return graph.secrets(options["key-secret"])
-
-
-def _unlocking(
-    header: luks1.Header, password: KeyBuffer, materials: list[tuple[int, bytearray]], refusal: Error
-) -> Steps[tuple[int, luks1.VolumeKey]]:
-    """The first keyslot that `password` opens, and the volume key.
-
-    :param materials: the number and the key material of each active keyslot.
-    :param refusal: what to say if it opens none.
-    :raise Error: if it opens none; a keyslot with an absurd iteration count does not
-        keep the others from being tried, but is what is complained of then.
-    """
-    for slot, material in materials:
-        try:
-            key = yield from luks1.unlocking(header, slot, password.data, material)
-        except Error as error:
-            refusal = error
-            continue
-        if key is not None:
-            return slot, luks1.VolumeKey(key)
-    raise refusal
 
 
 def spec_for(options: Mapping[str, Any], prefix: str = "") -> CipherSpec:
@@ -214,48 +232,116 @@ def spec_for(options: Mapping[str, Any], prefix: str = "") -> CipherSpec:
 
 async def make(
     graph: Graph, spec: CipherSpec, options: Mapping[str, Any], *, detached: bool = False
-) -> tuple[luks1.Header, Plan]:
+) -> tuple[LuksHeader, Plan]:
     """A new header, and the writes that put it at the beginning of a node.
 
-    :param options: QCryptoBlockCreateOptionsLUKS.
+    :param options: QCryptoBlockCreateOptionsLUKS, maybe with what BlockdevCreateOptionsLUKS has besides.
     :param detached: the payload is on another node than the header.
-    :raise Error: if there is no such secret, or no such hash.
+    :raise Error: if there is no such secret, no such hash, or a choice that the version has not.
     """
-    hash_name = options.get("hash-alg", "sha256")
-    iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
-
-    def making(password: KeyBuffer) -> Steps[tuple[luks1.Header, Plan]]:
-        iterations = yield from luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
-        header, key, plan = yield from luks1.formatting(
-            spec, hash_name, password.data, *iterations, detached=detached
-        )
-        key.wipe()
-        return header, plan
-
+    version = options.get("version", 1)
+    if version not in (1, 2):
+        raise Error(f"Parameter 'version' expects 1 or 2, not {version}")
+    choice = kdf_choice(graph, options)
+    making = _making_version_2 if version == 2 else _making_version_1
     with graph.secrets(options["key-secret"]) as password:
-        return await graph.in_key_thread(making(password))
+        async with graph.derivation_memory.reserve(choice.most_memory if version == 2 else 0):
+            return await graph.in_key_thread(making(spec, options, choice, password, detached))
 
 
-def header_info(header: luks1.Header, *, detached: bool) -> dict[str, Any]:
+def kdf_choice(graph: Graph, options: Mapping[str, Any]) -> KdfChoice:
+    """How a new key is to be derived.
+
+    :param options: "iter-time", "pbkdf", "pbkdf-memory" and "pbkdf-parallel" of them.
+    :raise Error: a number is out of its bounds.
+    """
+    memory, cpus = options.get("pbkdf-memory"), options.get("pbkdf-parallel")
+    limit = graph.derivation_memory.limit
+    bounds = luks2_kdf.MIN_MEMORY, luks2_kdf.MAX_MEMORY
+    if memory is not None and not bounds[0] <= memory <= bounds[1]:
+        raise Error(f"Parameter 'pbkdf-memory' expects a number from {bounds[0]} to {bounds[1]}")
+    if memory is not None:
+        graph.derivation_memory.check(memory)
+    if cpus is not None and not 1 <= cpus <= luks2_kdf.MAX_CPUS:
+        raise Error(f"Parameter 'pbkdf-parallel' expects a number from 1 to {luks2_kdf.MAX_CPUS}")
+    milliseconds = options.get("iter-time", DEFAULT_ITER_TIME)
+    return KdfChoice(milliseconds, options.get("pbkdf"), memory, cpus, limit)
+
+
+#: What only LUKS2 can be made with, and what LUKS1 has.
+_ONLY_VERSION_2: Final[Mapping[str, Any]] = {
+    "pbkdf": "pbkdf2",
+    "pbkdf-memory": None,
+    "pbkdf-parallel": None,
+    "sector-size": luks1.SECTOR,
+    "label": None,
+    "subsystem": None,
+}
+
+
+def _making_version_1(
+    spec: CipherSpec, options: Mapping[str, Any], choice: KdfChoice, password: KeyBuffer, detached: bool
+) -> Steps[tuple[LuksHeader, Plan]]:
+    for name, usual in _ONLY_VERSION_2.items():
+        if options.get(name, usual) != usual:
+            raise Error(f"Parameter '{name}' needs 'version' 2")
+    hash_name = options.get("hash-alg", "sha256")
+    iterations = yield from luks1.iterations_for(hash_name, spec.key_bytes, choice.milliseconds)
+    header, key, plan = yield from luks1.formatting(
+        spec, hash_name, password.data, *iterations, detached=detached
+    )
+    key.wipe()
+    sectors = header.pack().ljust(luks1_keyslots.HEADER_SECTORS_BYTES, b"\0")
+    return luks.Luks1(header, sectors), plan
+
+
+def _making_version_2(
+    spec: CipherSpec, options: Mapping[str, Any], choice: KdfChoice, password: KeyBuffer, detached: bool
+) -> Steps[tuple[LuksHeader, Plan]]:
+    sector_size = options.get("sector-size", luks1.SECTOR)
+    if sector_size not in (512, 1024, 2048, 4096):
+        raise Error("Parameter 'sector-size' expects a power of two from 512 to 4096")
+    hash_name = options.get("hash-alg", "sha256")
+    costs = yield from luks.calibrating_version_2(choice, hash_name)
+    digest_iterations = yield from kdf.calibrating(hash_name, luks2_keyslots.DIGEST_TIME, spec.key_bytes)
+    header, key, plan = yield from luks2_keyslots.formatting(
+        spec,
+        hash_name,
+        password.data,
+        costs,
+        digest_iterations,
+        sector_size=sector_size,
+        detached=detached,
+        label=options.get("label", ""),
+        subsystem=options.get("subsystem", ""),
+    )
+    key.wipe()
+    return luks.Luks2(header), plan
+
+
+def header_info(header: LuksHeader, segment: PayloadSegment, *, detached: bool) -> dict[str, Any]:
     """QCryptoBlockInfoLUKS.
 
+    :param segment: the first of the payload, as it was when the header was unlocked.
     :param detached: what is said of that.
     """
-    spec = header.spec
-    info: dict[str, Any] = {
-        "cipher-alg": spec.algorithm,
-        "cipher-mode": spec.mode,
-        "ivgen-alg": spec.ivgen,
-        "hash-alg": header.hash_name,
+    if isinstance(header, luks.Luks2):
+        return _header_info_2(header, segment, detached)
+    assert isinstance(header, luks.Luks1), "there are two versions"
+    said = header.header
+    return _cipher_info(segment.spec) | {
+        "hash-alg": said.hash_name,
         "detached-header": detached,
-        "payload-offset": header.payload_offset * luks1.SECTOR,
-        "master-key-iters": header.digest_iterations,
-        "uuid": header.uuid,
-        "slots": [_slot_info(slot) for slot in header.slots],
+        "payload-offset": said.payload_offset * luks1.SECTOR,
+        "master-key-iters": said.digest_iterations,
+        "uuid": said.uuid,
+        "slots": [_slot_info(slot) for slot in said.slots],
     }
-    if spec.ivgen == "essiv":
-        info["ivgen-hash-alg"] = spec.ivgen_hash
-    return info
+
+
+def _cipher_info(spec: CipherSpec) -> dict[str, Any]:
+    info = {"cipher-alg": spec.algorithm, "cipher-mode": spec.mode, "ivgen-alg": spec.ivgen}
+    return info | {"ivgen-hash-alg": spec.ivgen_hash} if spec.ivgen == "essiv" else info
 
 
 def _slot_info(slot: luks1.Keyslot) -> dict[str, Any]:
@@ -263,3 +349,41 @@ def _slot_info(slot: luks1.Keyslot) -> dict[str, Any]:
     if slot.active:
         info |= {"iters": slot.iterations, "stripes": slot.stripes}
     return info
+
+
+def _header_info_2(header: luks.Luks2, segment: PayloadSegment, detached: bool) -> dict[str, Any]:
+    said = header.header
+    info = _cipher_info(segment.spec) | {
+        "version": 2,
+        "hash-alg": said.volume_digest.hash_name,
+        "detached-header": detached,
+        "payload-offset": segment.offset,
+        "sector-size": segment.sector_size,
+        "master-key-iters": said.volume_digest.iterations,
+        "uuid": _shown(said.binary.uuid),
+        "slots": [_slot_info_2(slot) for _, slot in sorted(said.keyslots.items())],
+    }
+    for name, text in (("label", said.binary.label), ("subsystem", said.binary.subsystem)):
+        if text:
+            info[name] = _shown(text)
+    return info | {"damaged": list(header.damaged)} if header.damaged else info
+
+
+def _slot_info_2(slot: luks2.Keyslot) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "active": True,
+        "slot": slot.number,
+        "key-offset": slot.area.offset,
+        "iters": slot.kdf.iterations,
+        "stripes": slot.stripes,
+        "pbkdf": slot.kdf.kind,
+        "priority": slot.priority,
+    }
+    if slot.kdf.memory:
+        info |= {"pbkdf-memory": slot.kdf.memory, "pbkdf-parallel": slot.kdf.cpus}
+    return info
+
+
+def _shown(text: str) -> str:
+    """Bytes of a header as text for a client, whatever they are."""
+    return text.encode(errors="surrogateescape").decode("utf-8", "replace")

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _SECTOR: Final = 512
 
+#: Where a segment ends that goes to the end of the file.
+_ENDLESS: Final = 1 << 63
+
 
 class _Part(NamedTuple):
     """A segment at work.
@@ -59,7 +62,7 @@ class Payload:
             if kind not in ciphers:
                 sectors = SectorCipher(segment.spec, key, segment.sector_size, memory=graph.key_memory)
                 ciphers[kind] = TiledCipher(sectors, graph.cipher_pool)
-            end = 1 << 63 if segment.size is None else start + segment.size
+            end = _ENDLESS if segment.size is None else start + segment.size
             first = segment.first_sector - start // _SECTOR
             self._parts.append(_Part(start, end, segment.offset - start, first, ciphers[kind]))
             start = end
@@ -71,6 +74,23 @@ class Payload:
         """Wipe the key, here and in the processes that have it.  May be called again."""
         for cipher in self._ciphers:
             cipher.close()
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether it goes to the end of its file."""
+        return self._parts[-1].end == _ENDLESS
+
+    def size(self, file_size: int) -> int:
+        """How long it is, in bytes, if its file has `file_size`."""
+        last = self._parts[-1]
+        if not self.is_dynamic:
+            return last.end
+        there = max(file_size - last.shift, last.start)
+        return there - (there - last.start) % last.cipher.cipher.sector_size
+
+    def file_size(self, size: int) -> int:
+        """How long the file has to be for a dynamic payload of `size` bytes."""
+        return size + self._parts[-1].shift
 
     def copy_key(self) -> KeyBuffer:
         """A copy of the volume key, for the caller to wipe."""

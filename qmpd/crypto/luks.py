@@ -10,18 +10,17 @@ Nothing here does I/O: reading asks for extents, and changing gives a plan.
 
 from __future__ import annotations
 
-import hmac
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Self
 
-from qmpd.crypto import kdf, luks1, luks1_keyslots, luks2, luks2_binary, luks2_kdf, luks2_keyslots
+from qmpd.crypto import luks1, luks1_keyslots, luks2, luks2_binary, luks2_kdf, luks2_keyslots
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks2_kdf import Kdf
 from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory
-from qmpd.crypto.plan import Plan
+from qmpd.crypto.plan import Plan, Write
 from qmpd.crypto.sectors import SECTOR
 from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
@@ -66,6 +65,13 @@ class KdfChoice:
     cpus: int | None = None
     limit: int = luks2_kdf.MAX_MEMORY
 
+    @property
+    def most_memory(self) -> int:
+        """What a derivation may take, in KiB."""
+        if self.kind == "pbkdf2":
+            return 0
+        return min(self.memory or luks2_kdf.usual_memory(), self.limit)
+
 
 class LuksHeader(ABC):
     """A header, as it was read."""
@@ -89,6 +95,11 @@ class LuksHeader(ABC):
     @abstractmethod
     def active_slots(self) -> list[int]:
         """The numbers of the slots in use."""
+
+    @property
+    def volume_slots(self) -> list[int]:
+        """Those of them that hold the volume key."""
+        return self.active_slots
 
     @property
     def tried_slots(self) -> list[int]:
@@ -119,8 +130,18 @@ class LuksHeader(ABC):
         """Whether they differ in nothing but their keyslots."""
 
     @abstractmethod
+    def key_area_end(self, volume_bytes: int) -> int:
+        """Where the key area ends at the latest, in bytes from the beginning of the header.
+
+        :param volume_bytes: how long the header's volume is.
+        """
+
+    @abstractmethod
     def derivation(self, slot: int) -> Kdf:
-        """How the key of a slot in use is derived."""
+        """How the key of a slot in use is derived.
+
+        :raise Error: the slot is of a kind that is not supported.
+        """
 
     @abstractmethod
     def unlocking(
@@ -211,6 +232,13 @@ class Luks1(LuksHeader):
         """Whether they differ in nothing but their keyslots."""
         return isinstance(other, Luks1) and replace(other.header, slots=self.header.slots) == self.header
 
+    def key_area_end(self, volume_bytes: int) -> int:
+        """Where the payload begins; a detached header may have been cut off behind the last slot in use."""
+        if self.header.payload_offset:
+            return self.header.payload_offset * SECTOR
+        usual = luks1.new_header(self.header.spec, self.header.hash_name, detached=True)
+        return max(volume_bytes, usual.header_length())
+
     def derivation(self, slot: int) -> Kdf:
         """PBKDF2."""
         keyslot = self.header.slots[slot]
@@ -224,12 +252,7 @@ class Luks1(LuksHeader):
 
     def fitting(self, key: Buffer) -> Steps[bool]:
         """Whether this is the volume key, in steps."""
-        header = self.header
-        yield
-        digest = kdf.pbkdf2(
-            header.hash_name, key, header.digest_salt, header.digest_iterations, len(header.digest)
-        )
-        return len(key) == header.key_bytes and hmac.compare_digest(digest, header.digest)
+        return luks1.checking_digest(self.header, key)
 
     def calibrating(self, choice: KdfChoice) -> Steps[Kdf]:
         """The iterations of PBKDF2, in steps."""
@@ -248,12 +271,20 @@ class Luks1(LuksHeader):
         header, plan = yield from luks1_keyslots.activating(
             self.header, self.sectors, slots, key, password, costs.iterations, random
         )
-        return Luks1(header, self.sectors), plan
+        return self.after(plan, header), plan
 
     def erasing(self, slots: Sequence[int], random: Random = os.urandom) -> tuple[Luks1, Plan]:
         """Take the keys out of slots."""
         header, plan = luks1_keyslots.erase_plan(self.header, self.sectors, slots, random)
-        return Luks1(header, self.sectors), plan
+        return self.after(plan, header), plan
+
+    def after(self, plan: Plan, header: luks1.Header) -> Luks1:
+        """What is there when a plan has been carried out that makes this header of it."""
+        sectors = bytearray(self.sectors)
+        for step in plan:
+            if isinstance(step, Write) and step.offset < len(sectors):
+                sectors[step.offset : step.offset + len(step.data)] = step.data
+        return Luks1(header, bytes(sectors))
 
 
 @dataclass(frozen=True)
@@ -284,6 +315,11 @@ class Luks2(LuksHeader):
     def active_slots(self) -> list[int]:
         """The numbers of all slots that are there."""
         return sorted(int(name) for name in self.header.metadata["keyslots"])
+
+    @property
+    def volume_slots(self) -> list[int]:
+        """Those that the volume key's digest names."""
+        return sorted(self.header.volume_digest.keyslots)
 
     @property
     def tried_slots(self) -> list[int]:
@@ -320,6 +356,10 @@ class Luks2(LuksHeader):
             others.digest,
         ) and self.header.segments == other.header.segments
 
+    def key_area_end(self, volume_bytes: int) -> int:
+        """Where the keyslots area ends."""
+        return self.header.keyslots_offset + self.header.keyslots_bytes
+
     def derivation(self, slot: int) -> Kdf:
         """What the slot says."""
         return self._keyslot(slot).kdf
@@ -349,19 +389,7 @@ class Luks2(LuksHeader):
 
     def calibrating(self, choice: KdfChoice) -> Steps[Kdf]:
         """The costs of a new slot's derivation, in steps."""
-        kind = choice.kind or "argon2id"
-        memory = min(choice.memory or luks2_kdf.usual_memory(), choice.limit)
-        cpus = choice.cpus or luks2_kdf.usual_cpus()
-        return (
-            yield from luks2_kdf.calibrating(
-                kind,
-                choice.milliseconds,
-                _MEASURED_KEY_BYTES,
-                hash_name=self.header.volume_digest.hash_name,
-                memory=memory,
-                cpus=cpus,
-            )
-        )
+        return calibrating_version_2(choice, self.header.volume_digest.hash_name)
 
     def activating(
         self, slots: Sequence[int], key: Buffer, password: Buffer, costs: Kdf, random: Random = os.urandom
@@ -372,8 +400,24 @@ class Luks2(LuksHeader):
 
     def erasing(self, slots: Sequence[int], random: Random = os.urandom) -> tuple[Luks2, Plan]:
         """Take the keys out of slots."""
-        header, plan = luks2_keyslots.erase_plan(self.header, slots, random)
+        there = [slot for slot in slots if slot in self.active_slots]
+        header, plan = luks2_keyslots.erase_plan(self.header, there, random)
         return Luks2(header), plan
+
+
+def calibrating_version_2(choice: KdfChoice, hash_name: str) -> Steps[Kdf]:
+    """The costs of a derivation for LUKS2, in steps.
+
+    :param hash_name: of PBKDF2.
+    """
+    return luks2_kdf.calibrating(
+        choice.kind or "argon2id",
+        choice.milliseconds,
+        _MEASURED_KEY_BYTES,
+        hash_name=hash_name,
+        memory=choice.most_memory,
+        cpus=choice.cpus or luks2_kdf.usual_cpus(),
+    )
 
 
 #: For how long a key a derivation is measured: a LUKS2 header without keyslots does not say.
@@ -382,23 +426,22 @@ _MEASURED_KEY_BYTES: Final = 64
 
 # -- reading
 
-#: What has to be looked at to know the version.
-_BEGINNING: Final = luks2_binary.BINARY_BYTES
 
-
-def reading(*, detached: bool = False) -> Generator[Extent, Buffer, LuksHeader]:
+def reading(*, detached: bool = False, only_version_1: bool = False) -> Generator[Extent, Buffer, LuksHeader]:
     """Read a header: yields extents that are wanted, is sent their bytes, returns the header.
 
     What lies behind the end of the volume counts as zeroes.  A volume whose beginning was overwritten
     is LUKS2 if there is a whole secondary header where one may be.
 
     :param detached: the payload is on another volume.
+    :param only_version_1: there may be no other one, as inside of qcow2.
     :raise Error: what is wrong, for LUKS1 in QEMU's words.
     """
-    beginning = bytes((yield 0, _BEGINNING))
+    beginning = bytes((yield 0, luks1.HEADER_BYTES))
     magic, version = beginning[:6], int.from_bytes(beginning[6:8], "big")
-    if magic == luks2_binary.MAGIC and version != luks2_binary.VERSION:
-        return _luks1(beginning, detached)
+    if only_version_1 or (magic == luks2_binary.MAGIC and version != luks2_binary.VERSION):
+        header = luks1.Header.parse(beginning, detached=detached)
+        return Luks1(header, bytes((yield 0, luks1_keyslots.HEADER_SECTORS_BYTES)))
     copies: list[luks2_binary.Copy | None] = []
     damaged: list[str] = []
     size = luks2_binary.claimed_size(beginning, 0)
@@ -417,7 +460,7 @@ def reading(*, detached: bool = False) -> Generator[Extent, Buffer, LuksHeader]:
                 break
     if found is None and size is None:
         # Nothing says that it is LUKS2 at all.
-        return _luks1(beginning, detached)
+        raise Error(luks1.NOT_LUKS)
     if found is None and not any(text.startswith("The secondary") for text in damaged):
         damaged.append("There is no secondary LUKS2 header")
     chosen = luks2_binary.choose(copies[0], found)
@@ -425,11 +468,6 @@ def reading(*, detached: bool = False) -> Generator[Extent, Buffer, LuksHeader]:
         older = "primary" if chosen is found else "secondary"
         damaged.append(f"The {older} LUKS2 header is of an earlier change")
     return Luks2(luks2.Header.parse(chosen), tuple(damaged))
-
-
-def _luks1(beginning: bytes, detached: bool) -> Luks1:
-    sectors = beginning[: luks1_keyslots.HEADER_SECTORS_BYTES]
-    return Luks1(luks1.Header.parse(sectors, detached=detached), sectors)
 
 
 def _copy(data: Buffer, offset: int, damaged: list[str]) -> luks2_binary.Copy | None:

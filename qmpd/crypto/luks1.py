@@ -72,6 +72,7 @@ __all__ = [
     "HEADER_BYTES",
     "HEAD_BYTES",
     "INVALID_PASSWORD",
+    "NOT_LUKS",
     "SALT_BYTES",
     "SECTOR",
     "SLOTS",
@@ -95,6 +96,9 @@ SLOTS: Final = 8
 STRIPES: Final = 4000
 DIGEST_BYTES: Final = 20
 SALT_BYTES: Final = 32
+
+#: What QEMU says when there is no header.
+NOT_LUKS: Final = "Volume is not in LUKS format"
 
 #: What QEMU says when a passphrase opens no keyslot.
 INVALID_PASSWORD: Final = "Invalid password, cannot unlock any keyslot"
@@ -201,7 +205,7 @@ class Header:
         magic, version, cipher, mode, hash_spec, *numbers = _HEADER.unpack_from(raw)
         payload_offset, key_bytes, digest, salt, iterations, uuid = numbers
         if magic != _MAGIC:
-            raise Error("Volume is not in LUKS format")
+            raise Error(NOT_LUKS)
         if version != _VERSION:
             raise Error(f"LUKS version {version} is not supported")
         header = cls(

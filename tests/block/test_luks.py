@@ -208,7 +208,7 @@ async def test_the_key_is_wiped_when_the_node_goes(graph: Graph, tmp_path: Path)
     await make(graph, path)
     node = await open_luks(graph, path)
     await graph.delete("l")
-    assert node._cipher is None
+    assert node._payload is None
     assert "pw" not in repr(node)
 
 

@@ -6,8 +6,7 @@ opening and forgotten at once; the volume key lives in the sector cipher until
 the node is closed.  Keys are derived in a thread, so that the event loop
 never waits for one.
 
-Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in
-`qmpd.crypto.luks1`).
+Which version of the format it is, the header says (`qmpd.crypto.luks`).
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from qmpd.block import creation, keyslots, luks_header
 from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder
 from qmpd.block.luks_header import HeaderArea, OpenedSlot
 from qmpd.block.node import SECTOR, Data, Extent
+from qmpd.block.payload import Payload
 from qmpd.block.permissions import Permission
-from qmpd.block.tiled_cipher import LONG, TILE, TiledCipher
-from qmpd.crypto import luks1
+from qmpd.crypto.luks import LuksHeader, PayloadSegment
+from qmpd.crypto.luks1 import VolumeKey
 from qmpd.crypto.plan import Write
 from qmpd.errors import Error
 
@@ -31,28 +31,29 @@ if TYPE_CHECKING:
 
 
 class LuksNode(KeyslotHolder):
-    """A LUKS1 disk, unlocked."""
+    """A LUKS disk, unlocked."""
 
     driver = "luks"
     strong_options = ("key-secret",)
     request_alignment = SECTOR
     amendable = True
 
-    _header: luks1.Header | None = None
-    _cipher: TiledCipher | None = None
+    _header: LuksHeader | None = None
+    _segments: tuple[PayloadSegment, ...] = ()
+    _payload: Payload | None = None
     _opened_slot: OpenedSlot | None = None
-    _payload_offset = 0
 
     async def open(self) -> None:
         """Read the header, unlock a keyslot, see that the payload is there."""
         await self._open_header()
-        header, cipher, self._opened_slot = await luks_header.unlock(
+        self._header, key, self._opened_slot = await luks_header.unlock(
             self.graph, self.header_area, self.options, detached="header" in self.children
         )
-        self._header = header
-        self._cipher = TiledCipher(cipher, self.graph.cipher_pool)
-        self._payload_offset = header.payload_offset * luks1.SECTOR
-        header.payload_bytes(self.file.size)
+        with key:
+            self._segments = self._header.segments
+            self._payload = Payload(self.graph, self._segments, key.data)
+        self.request_alignment = self._payload.alignment
+        self._header.payload_bytes(self.file.size)
 
     async def _open_header(self) -> None:
         """Attach the node with the detached header, if the options name one."""
@@ -64,21 +65,21 @@ class LuksNode(KeyslotHolder):
 
     async def close(self) -> None:
         """Wipe the key, here and in the processes that have it."""
-        if self._cipher is not None:
-            self._cipher.close()
-            self._cipher = None
+        if self._payload is not None:
+            self._payload.close()
+            self._payload = None
 
     # -- what it is
 
     @property
     def size(self) -> int:
         """The payload's size."""
-        return max(self.file.size - self._payload_offset, 0) // SECTOR * SECTOR
+        return 0 if self._payload is None else self._payload.size(self.file.size)
 
     @property
     def can_grow(self) -> bool:
         """As the payload's node; what it grows by does not read as zeroes, for it is deciphered."""
-        return self.file.can_grow
+        return self.file.can_grow and self._open_payload.is_dynamic
 
     @property
     def encrypted(self) -> bool:
@@ -88,7 +89,7 @@ class LuksNode(KeyslotHolder):
     @property
     def _is_detached(self) -> bool:
         # A whole image may serve as header too; its payload offset still counts then.
-        return "header" in self.children and self._payload_offset == 0
+        return "header" in self.children and self._segments[0].offset == 0
 
     def child_permissions(
         self, role: str, perm: Permission, shared: Permission
@@ -109,7 +110,8 @@ class LuksNode(KeyslotHolder):
     def format_specific(self) -> dict[str, Any] | None:
         """ImageInfoSpecificLUKS."""
         assert self._header is not None, "an open disk has a header"
-        return {"type": "luks", "data": luks_header.header_info(self._header, detached=self._is_detached)}
+        info = luks_header.header_info(self._header, self._segments[0], detached=self._is_detached)
+        return {"type": "luks", "data": info}
 
     # -- the header
 
@@ -124,12 +126,12 @@ class LuksNode(KeyslotHolder):
         return HeaderArea(self.children[self.header_role].child)
 
     @property
-    def luks_header(self) -> luks1.Header | None:
+    def luks_header(self) -> LuksHeader | None:
         """The header."""
         return self._header
 
     @luks_header.setter
-    def luks_header(self, header: luks1.Header) -> None:
+    def luks_header(self, header: LuksHeader) -> None:
         self._header = header
 
     @property
@@ -144,9 +146,9 @@ class LuksNode(KeyslotHolder):
         assert self._opened_slot is not None, "an open disk was opened"
         return self._opened_slot
 
-    def copy_volume_key(self) -> luks1.VolumeKey:
+    def copy_volume_key(self) -> VolumeKey:
         """A copy of what the cipher has."""
-        return luks1.VolumeKey(self._active_cipher.cipher.copy_key())
+        return VolumeKey(self._open_payload.copy_key())
 
     async def amend(
         self,
@@ -165,46 +167,30 @@ class LuksNode(KeyslotHolder):
     # -- requests
 
     @property
-    def _active_cipher(self) -> TiledCipher:
-        assert self._cipher is not None
-        return self._cipher
+    def _open_payload(self) -> Payload:
+        assert self._payload is not None, "requests come to an open disk"
+        return self._payload
 
     async def _pread(self, offset: int, length: int) -> Data:
-        return await self._active_cipher.read(
-            self.file, self._payload_offset + offset, length, offset // SECTOR
-        )
+        return await self._open_payload.read(self.file, offset, length)
 
     def _read_cached(self, requests: Sequence[Extent], into: memoryview) -> list[bool]:
-        if any(length >= LONG for _, length in requests) and self._active_cipher.has_room:
-            return [False] * len(requests)
-        payload = self._payload_offset
-        served = self.file.read_cached([(payload + offset, length) for offset, length in requests], into)
-        if True in served:
-            runs = [(offset // SECTOR, length) for offset, length in requests]
-            self._active_cipher.cipher.decrypt_runs(into, runs, into)
-        return served
+        return self._open_payload.read_cached(self.file, requests, into)
 
     async def _pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
-        if sum(len(data) for _, data in writes) > TILE:
+        encrypted = self._open_payload.encrypt_many(writes)
+        if encrypted is None:
             return await super()._pwrite_many(writes)
-        joined = bytearray().join([data for _, data in writes])
-        self._active_cipher.cipher.encrypt_runs(
-            joined, [(offset // SECTOR, len(data)) for offset, data in writes], joined
-        )
-        rest = memoryview(joined)
-        encrypted: list[tuple[int, Data]] = []
-        for offset, data in writes:
-            encrypted.append((self._payload_offset + offset, rest[: len(data)]))
-            rest = rest[len(data) :]
         return await self.file.pwrite_many(encrypted, grow=self.can_grow)
 
     async def _pwrite(self, offset: int, data: memoryview) -> None:
-        await self._active_cipher.write(
-            self.file, self._payload_offset + offset, data, offset // SECTOR, grow=self.can_grow
-        )
+        await self._open_payload.write(self.file, offset, data, grow=self.can_grow)
 
     async def _truncate(self, size: int, preallocation: str) -> None:
-        await self.file.truncate(self._payload_offset + size, preallocation)
+        payload = self._open_payload
+        if not payload.is_dynamic:
+            raise Error("The LUKS2 header gives the payload a fixed size")
+        await self.file.truncate(payload.file_size(size), preallocation)
 
 
 class GluksNode(LuksNode):
@@ -214,7 +200,7 @@ class GluksNode(LuksNode):
 
 
 async def create(graph: Graph, options: Mapping[str, Any]) -> None:
-    """Make a LUKS1 volume, with its header in front of the payload or on a node of its own.
+    """Make a LUKS volume, with its header in front of the payload or on a node of its own.
 
     :param options: BlockdevCreateOptions, validated, in QAPI's names.
     :raise Error: what went wrong.
@@ -237,10 +223,10 @@ async def create(graph: Graph, options: Mapping[str, Any]) -> None:
         target = header_disk or payload
         assert target is not None
         if payload is not None and size is not None:
-            offset = header.payload_offset * luks1.SECTOR
+            offset = header.segments[0].offset
             await payload.truncate(offset + size, preallocation)
         if header_disk is not None:
-            await header_disk.truncate(header.header_length())
+            await header_disk.truncate(header.key_area_end(0))
         for step in plan:
             if isinstance(step, Write):
                 await target.pwrite(step.offset, step.data)

@@ -75,7 +75,8 @@ if TYPE_CHECKING:
     from qmpd.block.drivers.qcow2.encryption import DataCipher
     from qmpd.block.graph import Graph
     from qmpd.block.luks_header import HeaderArea, OpenedSlot
-    from qmpd.crypto import luks1
+    from qmpd.crypto.luks import LuksHeader
+    from qmpd.crypto.luks1 import VolumeKey
 
 #: Decompressed clusters that are kept for the next small read.
 _INFLATED: Final = 4
@@ -345,12 +346,12 @@ class Qcow2Node(KeyslotHolder):
         return self._encrypted_data.header_area(self.file)
 
     @property
-    def luks_header(self) -> luks1.Header | None:
+    def luks_header(self) -> LuksHeader | None:
         """The LUKS header, if the image is encrypted with one."""
         return None if self._cipher is None else self._cipher.luks_header
 
     @luks_header.setter
-    def luks_header(self, header: luks1.Header) -> None:
+    def luks_header(self, header: LuksHeader) -> None:
         self._encrypted_data.luks_header = header
         self._map_crypto_header(self._alive())
 
@@ -365,7 +366,7 @@ class Qcow2Node(KeyslotHolder):
         """The slot that the passphrase opened."""
         return self._encrypted_data.opened_slot
 
-    def copy_volume_key(self) -> luks1.VolumeKey:
+    def copy_volume_key(self) -> VolumeKey:
         """A copy of what the cipher has."""
         return self._encrypted_data.copy_key()
 

@@ -25,6 +25,7 @@ from qmpd.block.node import SECTOR, Data, Node
 from qmpd.block.tiled_cipher import TiledCipher
 from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.luks import LuksHeader
 from qmpd.crypto.plan import Write
 from qmpd.crypto.sectors import SectorCipher
 from qmpd.errors import Error
@@ -52,7 +53,7 @@ async def make_header(graph: Graph, options: Mapping[str, Any]) -> CryptoHeader 
     header, plan = await luks_header.make(graph, luks_header.spec_for(options, PREFIX), options)
     # The order in which they reach the storage does not matter: the image is none before all are there.
     pieces = [(step.offset, step.data) for step in plan if isinstance(step, Write)]
-    return CryptoHeader(header.header_length(), pieces)
+    return CryptoHeader(header.key_area_end(0), pieces)
 
 
 def _area(file: Node, extent: Crypto) -> HeaderArea:
@@ -72,7 +73,7 @@ class DataCipher:
     def __init__(
         self,
         cipher: TiledCipher,
-        header: luks1.Header | None = None,
+        header: LuksHeader | None = None,
         extent: Crypto | None = None,
         opened: OpenedSlot | None = None,
     ) -> None:
@@ -92,7 +93,11 @@ class DataCipher:
         :param options: BlockdevQcow2Encryption.
         :raise Error: in QEMU's words.
         """
-        header, cipher, opened = await luks_header.unlock(graph, _area(file, extent), options, prefix=PREFIX)
+        header, key, opened = await luks_header.unlock(
+            graph, _area(file, extent), options, only_version_1=True, prefix=PREFIX
+        )
+        with key:
+            cipher = SectorCipher(header.segments[0].spec, key.data, memory=graph.key_memory)
         return cls(TiledCipher(cipher, graph.cipher_pool), header, extent, opened)
 
     @classmethod
@@ -113,12 +118,12 @@ class DataCipher:
         self._tiled.close()
 
     @property
-    def luks_header(self) -> luks1.Header | None:
+    def luks_header(self) -> LuksHeader | None:
         """The LUKS header, or None for the AES method."""
         return self._header
 
     @luks_header.setter
-    def luks_header(self, header: luks1.Header) -> None:
+    def luks_header(self, header: LuksHeader) -> None:
         self._header = header
 
     @property
@@ -160,7 +165,8 @@ class DataCipher:
         """ImageInfoSpecificQCow2Encryption."""
         if self._header is None:
             return {"format": "aes"}
-        return {"format": "luks", **luks_header.header_info(self._header, detached=False)}
+        segment = self._header.segments[0]
+        return {"format": "luks", **luks_header.header_info(self._header, segment, detached=False)}
 
     def header_clusters(self, cluster_bytes: int) -> Iterator[int]:
         """The numbers of the clusters in which the LUKS header and the keys in use are.
@@ -170,7 +176,7 @@ class DataCipher:
         if self._header is None or self._extent is None:
             return
         extents = [(0, luks1.HEADER_BYTES)]
-        extents += (self._header.material_extent(n) for n, s in enumerate(self._header.slots) if s.active)
+        extents += (self._header.material_extent(slot) for slot in self._header.active_slots)
         for offset, length in extents:
             first = self._extent.offset + offset
             yield from range(first // cluster_bytes, -(-(first + length) // cluster_bytes))
