@@ -74,7 +74,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     (
         "object-add.qom-type",
-        "authz-listfile authz-pam main-loop pr-manager-helper secret_keyring tls-cipher-suites",
+        "authz-listfile authz-pam main-loop pr-manager-helper tls-cipher-suites",
         LATER,
     ),
     ("block-export-add.type", "fuse vduse-blk vhost-user-blk", LATER),
