@@ -4,8 +4,6 @@ import asyncio
 import base64
 import errno
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -213,8 +211,3 @@ def test_a_machine_whose_call_is_not_known_has_no_keys(monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "uname", Strange)
     with pytest.raises(Error, match=r"Function not implemented \(there is no key retention service"):
         read_key(1)
-
-
-def test_the_foreign_function_interface_is_imported_for_these_secrets_only() -> None:
-    script = "import sys, qmpd.qom.secret_keyring; sys.exit('ctypes' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
