@@ -10,14 +10,16 @@ is the system call itself.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.errors import Error
-from qmpd.qom.secret import AnySecret, wipe
+from qmpd.qom.secret import AnySecret
 
 #: The number of the system call keyctl, for a process of 64 bits on each machine.
 _KEYCTL: Final[Mapping[str, int]] = {
@@ -51,9 +53,9 @@ class KeyringSecret(AnySecret):
         self._serial: int = options["serial"]
         _check_serial(self._serial)
 
-    async def _load(self, options: Mapping[str, Any]) -> bytearray:
+    async def _load(self, options: Mapping[str, Any], memory: KeyMemory) -> KeyBuffer:
         # In a thread: the kernel lets a reader wait for a key that is being made.
-        return await asyncio.to_thread(read_key, options["serial"])
+        return await asyncio.to_thread(read_key, options["serial"], memory)
 
     def set(self, name: str, value: Any) -> None:
         """Set a property; no other key is read.
@@ -70,7 +72,7 @@ def _check_serial(serial: int) -> None:
         raise Error("'serial' should not be equal to 0")
 
 
-def read_key(serial: int) -> bytearray:
+def read_key(serial: int, memory: KeyMemory) -> KeyBuffer:
     """What is in the key with this serial number, for the caller to wipe.
 
     :param serial: or the negative number of one of this process's own keyrings, as in <linux/keyctl.h>.
@@ -78,21 +80,21 @@ def read_key(serial: int) -> bytearray:
     """
     refused = f"Unable to read serial key {serial & 0xFFFFFFFF:08x}"
     try:
-        value = bytearray(keyctl_read(serial, None))
+        value = memory.take(keyctl_read(serial, None))
         # Whoever updates the key meanwhile may change its length.
-        while (length := keyctl_read(serial, value)) != len(value):
-            wipe(value)
-            value = bytearray(length)
+        while (length := keyctl_read(serial, value.data)) != len(value):
+            value.wipe()
+            value = memory.take(length)
     except OSError as error:
         number = error.errno or 0
     else:
-        if value:
+        if len(value):
             return value
         raise Error(refused)
     raise Error(f"{refused}: {os.strerror(number)}{_HINTS.get(number, '')}")
 
 
-def keyctl_read(serial: int, buffer: bytearray | None) -> int:
+def keyctl_read(serial: int, buffer: memoryview | None) -> int:
     """Read a key, keyctl_read(3).
 
     :param buffer: is filled as far as it reaches; None to only ask for the length.
@@ -102,9 +104,6 @@ def keyctl_read(serial: int, buffer: bytearray | None) -> int:
     number = _KEYCTL.get(os.uname().machine) if sys.maxsize > 1 << 32 else None
     if number is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    # Imported here, because most daemons have no such secrets.
-    import ctypes
-
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     room = None if buffer is None else (ctypes.c_char * len(buffer)).from_buffer(buffer)

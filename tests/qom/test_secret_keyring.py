@@ -12,6 +12,7 @@ import kernel_keys
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from qmpd.crypto.memory import KeyMemory
 from qmpd.errors import Error
 from qmpd.qom import secret_keyring
 from qmpd.qom.secret_keyring import read_key
@@ -33,7 +34,7 @@ class Kernel:
         self.before_read: Callable[[], object] = lambda: None
         self.asked: list[int | None] = []
 
-    def read(self, serial: int, buffer: bytearray | None) -> int:
+    def read(self, serial: int, buffer: memoryview | None) -> int:
         self.before_read()
         self.asked.append(None if buffer is None else len(buffer))
         found = self.keys.get(serial, errno.ENOKEY)
@@ -64,7 +65,7 @@ def encrypted(plain: bytes) -> bytes:
 async def test_a_key_is_the_passphrase_byte_for_byte(tree: ObjectTree, kernel: Kernel) -> None:
     kernel.keys[7] = b"ab\0c\n"
     await add(tree, serial=7)
-    assert tree.secret_bytes("s") == b"ab\0c\n"
+    assert tree.secret_bytes("s").data == b"ab\0c\n"
     # Its length is asked first.
     assert kernel.asked == [None, 5]
 
@@ -72,7 +73,7 @@ async def test_a_key_is_the_passphrase_byte_for_byte(tree: ObjectTree, kernel: K
 async def test_a_key_may_be_base64(tree: ObjectTree, kernel: Kernel) -> None:
     kernel.keys[7] = base64.b64encode(PASSPHRASE)
     await add(tree, serial=7, format="base64")
-    assert tree.secret_bytes("s") == PASSPHRASE
+    assert tree.secret_bytes("s").data == PASSPHRASE
 
 
 @pytest.mark.parametrize("encoded", [False, True])
@@ -85,7 +86,7 @@ async def test_a_key_under_a_master_key_is_decrypted_when_it_is_added(
     options = {"format": "base64"} if encoded else {}
     await add(tree, serial=2, keyid="master", iv=base64.b64encode(IV).decode(), **options)
     tree.delete("master")
-    assert tree.secret_bytes("s") == PASSPHRASE
+    assert tree.secret_bytes("s").data == PASSPHRASE
 
 
 async def test_the_key_is_read_once_and_may_go_afterwards(tree: ObjectTree, kernel: Kernel) -> None:
@@ -93,7 +94,7 @@ async def test_the_key_is_read_once_and_may_go_afterwards(tree: ObjectTree, kern
     await add(tree, serial=7)
     kernel.keys[7] = errno.EKEYREVOKED
     tree.set("s", "serial", 8)
-    assert tree.secret_bytes("s") == PASSPHRASE
+    assert tree.secret_bytes("s").data == PASSPHRASE
 
 
 def test_a_key_that_changes_its_length_between_two_calls_is_read_whole(kernel: Kernel) -> None:
@@ -103,7 +104,7 @@ def test_a_key_that_changes_its_length_between_two_calls_is_read_whole(kernel: K
         kernel.keys[7] = b"x" * next(lengths)
 
     kernel.before_read = update
-    assert read_key(7) == b"x" * 2
+    assert read_key(7, KeyMemory()).data == b"x" * 2
     assert kernel.asked == [None, 3, 5, 2]
 
 
@@ -158,7 +159,7 @@ async def test_the_loop_goes_on_while_the_kernel_lets_a_reader_wait(tree: Object
     assert not adding.done()
     made.set()
     await adding
-    assert tree.secret_bytes("s") == PASSPHRASE
+    assert tree.secret_bytes("s").data == PASSPHRASE
 
 
 async def test_properties_are_read_and_set_but_the_value_stays_inside(
@@ -199,9 +200,9 @@ def serial() -> Iterator[int | None]:
 def test_a_key_of_the_kernel_is_read_where_it_has_keys(serial: int | None) -> None:
     if serial is None:
         with pytest.raises(Error, match="Unable to read serial key 00000001: .*"):
-            read_key(1)
+            read_key(1, KeyMemory())
     else:
-        assert read_key(serial) == PASSPHRASE
+        assert read_key(serial, KeyMemory()).data == PASSPHRASE
 
 
 def test_a_machine_whose_call_is_not_known_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,4 +211,4 @@ def test_a_machine_whose_call_is_not_known_has_no_keys(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "uname", Strange)
     with pytest.raises(Error, match=r"Function not implemented \(there is no key retention service"):
-        read_key(1)
+        read_key(1, KeyMemory())
