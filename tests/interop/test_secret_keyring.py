@@ -57,7 +57,7 @@ def serials() -> Iterator[Mapping[str, int]]:
         kernel_keys.remove(serial)
 
 
-def answer(daemon: RunningDaemon, name: str, serial: int, **options: Any) -> str | None:
+def answer(daemon: RunningDaemon, name: str, serial: Any, **options: Any) -> str | None:
     """What the daemon says to a secret with this key, None if nothing is wrong."""
     try:
         daemon.execute("object-add", {"qom-type": "secret_keyring", "id": name, "serial": serial, **options})
