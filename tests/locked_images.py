@@ -214,7 +214,9 @@ class Holder:
             execute("nbd-server-start", {"addr": address})
             self._has_server = True
         added = attempt(
-            "blockdev-add", {**options, "node-name": name}, lambda: execute("blockdev-del", {"node-name": name})
+            "blockdev-add",
+            {**options, "node-name": name},
+            lambda: execute("blockdev-del", {"node-name": name}),
         )
         if added and way.export is not None:
             export = {"type": "nbd", "id": name, "node-name": name, "writable": way.export}
@@ -264,6 +266,12 @@ def held_locks(pid: int, directory: Path) -> dict[str, list[str]]:
 def run(command: Sequence[str], directory: Path) -> str:
     """Run a program; its exit status and complaints."""
     done = subprocess.run(
-        command, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60
+        command,
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     return f"{done.returncode} {done.stderr.strip()}"

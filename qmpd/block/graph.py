@@ -54,7 +54,7 @@ def _backing_failures() -> Iterator[None]:
     try:
         yield
     except Error as error:
-        raise Error(_BACKING_FAILED + error.desc) from None
+        raise Error(_BACKING_FAILED + error.desc, error.hint) from None
 
 
 class _Section:
@@ -293,7 +293,7 @@ class Graph:
             try:
                 overlay = await self._open_backing(overlay, seen)
             except Error as error:
-                raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc) from None
+                raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc, error.hint) from None
             if overlay is not None:
                 followed.append(overlay)
         # An image's name depends on whether the one behind it is the one that it names itself.

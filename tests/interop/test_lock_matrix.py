@@ -79,6 +79,7 @@ _MACHINE: Final = ("-nodefaults", "-display", "none", "-machine", "pc", "-S", "-
 
 AT_A_TIME: Final = 2
 
+
 @pytest.fixture(scope="module")
 def masters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_masters(tmp_path_factory.mktemp("masters"))
