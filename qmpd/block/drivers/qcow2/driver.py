@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
@@ -55,6 +55,7 @@ from qmpd.block.drivers.qcow2.mapping import BACKING_KINDS, COPIED, OFFSET, ZERO
 from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, shown
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.settings import Settings
+from qmpd.block.keyslot_holder import KeyslotHolder
 from qmpd.block.node import (
     SECTOR,
     BlockStatus,
@@ -73,6 +74,8 @@ from qmpd.errors import Error
 if TYPE_CHECKING:
     from qmpd.block.drivers.qcow2.encryption import DataCipher
     from qmpd.block.graph import Graph
+    from qmpd.block.luks_header import HeaderArea
+    from qmpd.crypto import luks1
 
 #: Decompressed clusters that are kept for the next small read.
 _INFLATED: Final = 4
@@ -109,12 +112,13 @@ class _Allocation:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
-class Qcow2Node(Node):
+class Qcow2Node(KeyslotHolder):
     """An image in the format qcow2."""
 
     driver = "qcow2"
     supports_backing = True
     supports_internal_snapshots = True
+    amendable = True
     strong_options = ("encrypt.key-secret",)
     resettable_options = frozenset(
         {
@@ -331,6 +335,57 @@ class Qcow2Node(Node):
         self.backing_filename, self.backing_format = filename, header.backing_format
         self.implied_backing = None
 
+    # -- keyslots
+
+    header_role = "file"
+
+    @property
+    def header_area(self) -> HeaderArea:
+        """The part of the image that its header names."""
+        return self._encrypted_data.header_area(self.file)
+
+    @property
+    def luks_header(self) -> luks1.Header | None:
+        """The LUKS header, if the image is encrypted with one."""
+        return None if self._cipher is None else self._cipher.luks_header
+
+    @luks_header.setter
+    def luks_header(self, header: luks1.Header) -> None:
+        self._encrypted_data.luks_header = header
+        self._map_crypto_header(self._alive())
+
+    @property
+    def opened_with(self) -> str:
+        """The option `encrypt.key-secret`."""
+        secret: str = self.options["encrypt"]["key-secret"]
+        return secret
+
+    def copy_volume_key(self) -> luks1.VolumeKey:
+        """A copy of what the cipher has."""
+        return self._encrypted_data.copy_key()
+
+    @property
+    def _encrypted_data(self) -> DataCipher:
+        assert self._cipher is not None, "only an encrypted image has keyslots"
+        return self._cipher
+
+    async def amend(
+        self,
+        options: Mapping[str, Any],
+        *,
+        force: bool,
+        progress: Callable[[int, int], None],
+        commit: Callable[[], None],
+    ) -> None:
+        """Change keyslots.
+
+        :param options: BlockdevAmendOptionsQcow2.
+        """
+        if "encrypt" in options:
+            if self._cipher is None:
+                raise Error("image is not encrypted, can't amend")
+            await self._cipher.amend(self, options["encrypt"], force=force, commit=commit)
+
     async def settle(self) -> None:
         """Write back all tables, and say that the image was closed properly."""
         if self._marking is not None:
@@ -488,7 +543,8 @@ class Qcow2Node(Node):
         perm |= Permission.CONSISTENT_READ
         if not self.read_only:
             perm |= Permission.WRITE | Permission.RESIZE
-        return perm, shared & ~(Permission.WRITE | Permission.RESIZE) | Permission.WRITE_UNCHANGED
+        shared = shared & ~(Permission.WRITE | Permission.RESIZE) | Permission.WRITE_UNCHANGED
+        return self.header_access.permissions(perm, shared)
 
     @property
     def _data(self) -> Node:
