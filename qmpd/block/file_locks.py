@@ -49,10 +49,10 @@ class ImageLocks:
     """The locks that one descriptor holds.
 
     :param fd: open for reading at least.
-    :param filename: how messages for people name the image.
+    :param filename: how hints for people name the image.
     """
 
-    def __init__(self, fd: int, filename: str) -> None:
+    def __init__(self, fd: int, filename: str = "") -> None:
         self._fd = fd
         self._filename = filename
         self._held: set[int] = set()
@@ -105,7 +105,7 @@ class ImageLocks:
 
     def _look(self, byte: int, complaint: str) -> None:
         """Refuse if another open file description holds a lock on this byte."""
-        hint = f"Is another process using the image [{self._filename}]?"
+        hint = f"Is another process using the image [{self._filename}]?" if self._filename else ""
         try:
             lock = _first_lock(self._fd, byte)
         except OSError as error:
