@@ -55,9 +55,9 @@ class Kind:
         )
         return {**made, **{name.replace("_", "-"): value for name, value in options.items()}}
 
-    def words(self, stem: str, **options: str) -> str:
+    def words(self, stem: str, *, file: Mapping[str, Any] | None = None) -> str:
         """The same as ``--image-opts`` takes it."""
-        return ",".join(f"{name}={value}" for name, value in _flat({**self.blockdev(stem), **options}))
+        return ",".join(f"{name}={value}" for name, value in _flat(self.blockdev(stem, file=file)))
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
