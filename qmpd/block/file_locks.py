@@ -81,9 +81,10 @@ class ImageLocks:
     def commit(self) -> None:
         """Keep only what was prepared last."""
         self._unlock(self._held - self._wanted)
+        self._before = frozenset(self._held)
 
     def abort(self) -> None:
-        """Go back to what was locked before `prepare`, also if that failed on its way."""
+        """Go back to what was locked before `prepare`, also if that failed on its way or was never called."""
         self._unlock(self._held - self._before)
 
     def _lock(self, byte: int) -> None:

@@ -129,6 +129,24 @@ async def test_a_file_that_is_opened_for_writing_later_is_the_one_that_was_locke
     assert locked(image) == []
 
 
+async def test_a_file_that_can_not_be_opened_for_writing_keeps_its_locks(
+    graph: Graph, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await graph.add(
+        {"driver": "file", "node-name": "n", "filename": str(image), "auto-read-only": True}
+    )
+    Backend(graph, perm=READ, shared=ALL & ~Permission.RESIZE).attach(node)
+
+    def refuse(filename: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qmpd.block.drivers.file.open_regular", refuse)
+        with pytest.raises(Error, match=f"^Could not open '{image}': Permission denied$"):
+            Backend(graph, perm=WRITE).attach(node)
+    assert locked(image) == [100, 203]
+
+
 async def test_a_refusal_names_the_image_to_people_only(graph: Graph, image: Path) -> None:
     with image.open("r+b") as other:
         owner = ImageLocks(other.fileno())
