@@ -220,7 +220,10 @@ async def create(graph: Graph, options: _Options) -> None:
     :raise Error: what went wrong.
     """
     async with AsyncExitStack() as stack:
-        target = await stack.enter_async_context(creation.disk_for(graph, options["file"], _ALONE))
+        # QEMU opens the image that it has made, and reads; who may not read must not make one here either.
+        target = await stack.enter_async_context(
+            creation.disk_for(graph, options["file"], _ALONE, reads=True)
+        )
         data = None
         if "data-file" in options:
             # Before another node is opened, for that may be seen.
