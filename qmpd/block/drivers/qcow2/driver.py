@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 import numpy as np
 
 from qmpd.block.change import Change
-from qmpd.block.drivers.qcow2 import mapping
+from qmpd.block.drivers.qcow2 import amending, mapping
+from qmpd.block.drivers.qcow2.amending import check_size
 from qmpd.block.drivers.qcow2.bitmaps import not_to_be_believed
 from qmpd.block.drivers.qcow2.compression import decompress
 from qmpd.block.drivers.qcow2.gathering import CachedReads, JoinedWrite, Piece
@@ -37,8 +38,6 @@ from qmpd.block.drivers.qcow2.header import (
     INCOMPATIBLE_POSITION,
     L1_POSITION,
     MAX_BACKING_NAME,
-    MAX_L1_BYTES,
-    MAX_SIZE,
     SIZE_POSITION,
     SUBCLUSTERS,
     V2_BYTES,
@@ -72,6 +71,7 @@ from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.block.drivers.qcow2.encryption import DataCipher
+    from qmpd.block.drivers.qcow2.snapshots import Snapshot
     from qmpd.block.graph import Graph
 
 #: Decompressed clusters that are kept for the next small read.
@@ -148,6 +148,9 @@ class Qcow2Node(Node):
         self._dead = False
         self._complained = False
         self._dirtying = asyncio.Lock()
+        self._amending = asyncio.Lock()
+        #: Whether clusters may become zero clusters; not while the image is to become one of version 2.
+        self.zero_flags_wanted = True
         self._marking: asyncio.Task[None] | None = None
 
     # -- opening and closing
@@ -329,6 +332,104 @@ class Qcow2Node(Node):
         self._header.backing_name = name
         self._header.set_extension(kind, header.extension(kind))
         self.backing_filename, self.backing_format = filename, header.backing_format
+        self.implied_backing = None
+
+    # -- for amending
+
+    async def amend(
+        self,
+        options: Mapping[str, Any],
+        *,
+        force: bool,
+        progress: Callable[[int, int], None],
+        commit: Callable[[], None],
+    ) -> None:
+        """Change what the header says.
+
+        :param options: BlockdevAmendOptionsQcow2.
+        """
+        async with self._amending:
+            await amending.amend(self, options, force=force, progress=progress, commit=commit)
+
+    @property
+    def tables(self) -> Metadata:
+        """The tables at work.
+
+        :raise OSError: ENOMEDIUM if they can't be trusted any more.
+        """
+        return self._alive()
+
+    @property
+    def snapshot_entries(self) -> list[Snapshot]:
+        """The entries of the snapshot table."""
+        return self._snapshots.entries
+
+    @property
+    def resizing(self) -> asyncio.Lock:
+        """Held by whoever gives the disk another size."""
+        return self._resizing
+
+    async def resize(self, size: int) -> None:
+        """What `truncate` does, for whoever holds `resizing`."""
+        await self._truncate(size, "off")
+
+    async def complete_snapshot_table(self) -> None:
+        """See `InternalSnapshots.complete`."""
+        await self._snapshots.complete(self._alive())
+
+    async def place_zero_clusters(self, first: int, most: int) -> None:
+        """Give the zero clusters of a piece of an L2 table places that are full of zeroes.
+
+        :param first: the number of the piece's first cluster on the disk.
+        :param most: bytes to write at a time, if a cluster is not larger; other requests go in between.
+        """
+        meta = self._alive()
+        most = max(1, most >> self._bits)
+        while True:
+            piece = await meta.slice_for(first)
+            index = None if piece is None else mapping.first_zero(piece.words)
+            if index is None:
+                return
+            cluster = first + index
+            epoch = meta.epoch
+            epoch.requests += 1
+            try:
+                async with self._changing(cluster, min(cluster + most, first + meta.slice_entries)):
+                    piece = await meta.writable_slice(cluster)
+                    count = mapping.zero_run(piece.words, index, most)
+                    if count:
+                        data = memoryview(bytes(count << self._bits))
+                        await self._allocate_and_write(meta, piece, cluster << self._bits, data)
+            finally:
+                epoch.requests -= 1
+
+    async def write_to_place(self, place: int, data: Data, offset: int) -> None:
+        """Write the disk's data at `offset` to its place in the file, enciphered if need be."""
+        await self._write_data(place, data, offset)
+
+    async def become_lazy(self, lazy: bool) -> None:
+        """Postpone refcounts from now on, or do not any more and write them.
+
+        :raise OSError: what the storage says.
+        """
+        meta = self._alive()
+        if lazy:
+            # Counts that wait to be written were not postponed until now.
+            await self._become_dirty()
+            meta.lazy, meta.before_change = True, self._become_dirty
+            return
+        meta.lazy = False
+        await meta.commit(refcounts_too=True)
+        meta.before_change = None
+        async with self._dirtying:
+            if self._header.incompatible & Incompatible.DIRTY:
+                await self._set_incompatible(self._header.incompatible & ~Incompatible.DIRTY)
+
+    def name_backing(self) -> None:
+        """The header has another name for the backing image."""
+        name = self._header.backing_name
+        self.backing_filename = name.decode(errors="surrogateescape") if name else None
+        self.backing_format = self._header.backing_format
         self.implied_backing = None
 
     async def settle(self) -> None:
@@ -1169,7 +1270,7 @@ class Qcow2Node(Node):
 
     async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         meta = self._alive()
-        if self._header.version < 3 and (self.backing is not None or not unmap):
+        if not self._has_zero_flag and (self.backing is not None or not unmap):
             raise NotSupported
         epoch = meta.epoch
         epoch.requests += 1
@@ -1224,7 +1325,7 @@ class Qcow2Node(Node):
         entry = piece.words[position]
         compressed = bool(entry & mapping.COMPRESSED)
         keep = not compressed and (not unmap or self._keeps_places)
-        flags = 0 if meta.entry_words == 2 or self._header.version < 3 else ZERO
+        flags = 0 if meta.entry_words == 2 or not self._has_zero_flag else ZERO
         new = (entry if keep else 0) | flags
         if meta.entry_words == 2:
             piece.words[position + 1] = mapping.ALL_SUBCLUSTERS << SUBCLUSTERS
@@ -1236,6 +1337,10 @@ class Qcow2Node(Node):
             self._free_entry(meta, entry, discard=self._passes_request)
 
     @property
+    def _has_zero_flag(self) -> bool:
+        return self._header.version >= 3 and self.zero_flags_wanted
+
+    @property
     def _keeps_places(self) -> bool:
         return self._settings is not None and self._settings.discard_no_unref
 
@@ -1245,7 +1350,7 @@ class Qcow2Node(Node):
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         meta = self._alive()
-        if self._header.version < 3 and self.backing is not None:
+        if not self._has_zero_flag and self.backing is not None:
             # What was hidden would come to light again.
             raise NotSupported
         start = offset + -offset % self._cluster
@@ -1304,7 +1409,7 @@ class Qcow2Node(Node):
             new = entry if keep else 0
             if extended:
                 new_bitmap = mapping.ALL_SUBCLUSTERS << SUBCLUSTERS
-            elif self._header.version >= 3:
+            elif self._has_zero_flag:
                 new |= ZERO
         if (new, new_bitmap) == (entry, bitmap):
             return
@@ -1332,16 +1437,9 @@ class Qcow2Node(Node):
 
     async def _truncate(self, size: int, preallocation: str) -> None:
         meta = self._alive()
-        if size % SECTOR:
-            raise Error("The new size must be a multiple of 512")
-        if preallocation != "off" and size < self._size:
+        if size % SECTOR == 0 and preallocation != "off" and size < self._size:
             raise Error("Preallocation can't be used for shrinking an image")
-        if size > MAX_SIZE:
-            raise Error(f"offset({size}) exceeds maximum({MAX_SIZE})")
-        if self._header.l1_entries_for(size) * 8 > MAX_L1_BYTES:
-            raise Error("Failed to grow the L1 table: File too large")
-        if self._snapshots.entries and self._header.version < 3:
-            raise Error("Can't resize a v2 image which has snapshots")
+        check_size(size, self._header, version=self._header.version, snapshots=bool(self._snapshots.entries))
         old = self._size
         try:
             await self._doubt_bitmaps(resized=size != old)
