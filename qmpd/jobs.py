@@ -146,6 +146,7 @@ class Job:
         self._emit = emit
         self._counts_itself = False
         self._started = False
+        self._committed = False
         self._may_run = asyncio.Event()
         self._may_run.set()
         self._task: asyncio.Task[None] | None = None
@@ -178,6 +179,10 @@ class Job:
         if self.state in _PAUSE_OF:
             self.enter(_PAUSE_OF[self.state])
         await self._may_run.wait()
+
+    def commit(self) -> None:
+        """What follows can't be taken back: from here on the job comes to its end, whoever cancels it."""
+        self._committed = True
 
     def become_ready(self) -> None:
         """All is done that can be; wait for `completion`, or go on with what is new until it is set."""
@@ -253,7 +258,7 @@ class Job:
 
     def cancel(self) -> None:
         """Stop the work at its next ``await``, or give up what is pending."""
-        if self.cancelled:
+        if self.cancelled or (self._committed and self.state not in (State.WAITING, State.PENDING)):
             # Once is enough; twice would disturb the work's cleaning up.
             return
         self.cancelled = True

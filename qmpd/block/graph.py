@@ -20,6 +20,7 @@ import random
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from qmpd.block import backing
 from qmpd.block.backend import Backend
@@ -115,6 +116,8 @@ class Graph:
         self._generated = 0
         self._sections: list[_Section] = []
         self._changing = asyncio.Lock()
+        #: Gone as soon as nobody has them or waits for them.
+        self._turns: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
         self._departing: set[asyncio.Task[None]] = set()
         self._io_threads = Threads(IO_THREADS, "qmpd-io")
         self._key_threads = Threads(KEY_THREADS, "qmpd-key")
@@ -551,6 +554,13 @@ class Graph:
         """A change of several steps: all of them are made, or none.  There is one at a time."""
         async with self._changing, Change() as change:
             yield change
+
+    @contextlib.asynccontextmanager
+    async def turn(self, what: Hashable) -> AsyncIterator[None]:
+        """For the time of an ``async with`` nobody else is in one for an equal `what`; they wait in order."""
+        turn = self._turns.setdefault(what, asyncio.Lock())
+        async with turn:
+            yield
 
     def swap_child(self, parent: Node, role: str, child: Node | None, change: Change) -> None:
         """Put `child` (or nothing) below `parent` in place of what is there in this role.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.plan import Plan
 from qmpd.crypto.sectors import SectorCipher
 from qmpd.errors import Error
 
@@ -71,6 +72,17 @@ class HeaderArea:
                 raise Error(f"{self.failure}: {error.strerror}") from None
         return buffer
 
+    async def write(self, offset: int, data: bytes) -> None:
+        """Put bytes into the header.
+
+        :param offset: from the header's beginning.
+        :raise OutsideArea: if they are not in the header's area.
+        :raise OSError: what the storage says.
+        """
+        if self.length is not None and offset + len(data) > self.length:
+            raise OutsideArea("Request for data outside of extension header")
+        await self.node.pwrite(self.offset + offset, data, grow=True)
+
 
 async def unlock(
     graph: Graph,
@@ -91,20 +103,43 @@ async def unlock(
     password = password_for(graph, options, prefix)
     try:
         header = luks1.Header.parse(await area.read(0, luks1.HEADER_BYTES), detached=detached)
-        materials: list[tuple[int, bytearray]] = []
-        refusal = Error(luks1.INVALID_PASSWORD)
-        for number, slot in enumerate(header.slots):
-            if slot.active:
-                try:
-                    materials.append((number, await area.read(*header.material_extent(number))))
-                except OutsideArea as error:
-                    # It counts only if none of the slots before opens.
-                    refusal = error
-                    break
-        with await graph.in_key_thread(_unlock, header, password, materials, refusal) as key:
+        with await find_key(graph, area, header, password) as key:
             return header, SectorCipher(header.spec, key.data)
     finally:
         password[:] = bytes(len(password))
+
+
+async def find_key(
+    graph: Graph, area: HeaderArea, header: luks1.Header, password: bytearray
+) -> luks1.VolumeKey:
+    """The volume key, from the first keyslot that `password` opens.
+
+    :raise Error: in QEMU's words, if it opens none.
+    """
+    materials: list[tuple[int, bytearray]] = []
+    refusal = Error(luks1.INVALID_PASSWORD)
+    for number in header.active_slots:
+        try:
+            materials.append((number, await area.read(*header.material_extent(number))))
+        except OutsideArea as error:
+            # It counts only if none of the slots before opens.
+            refusal = error
+            break
+    return await graph.in_key_thread(_unlock, header, password, materials, refusal)
+
+
+async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int, password: bytearray) -> bool:
+    """Whether `password` opens this keyslot.
+
+    :raise Error: if that can't be found out.
+    """
+    if not header.slots[slot].active:
+        return False
+    material = await area.read(*header.material_extent(slot))
+    key = await graph.in_key_thread(luks1.unlock_slot, header, slot, password, material)
+    if key is not None:
+        key[:] = bytes(len(key))
+    return key is not None
 
 
 def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> bytearray:
@@ -158,7 +193,7 @@ def spec_for(options: Mapping[str, Any], prefix: str = "") -> CipherSpec:
 
 async def make(
     graph: Graph, spec: CipherSpec, options: Mapping[str, Any], *, detached: bool = False
-) -> tuple[luks1.Header, list[luks1.Write | luks1.Barrier]]:
+) -> tuple[luks1.Header, Plan]:
     """A new header, and the writes that put it at the beginning of a node.
 
     :param options: QCryptoBlockCreateOptionsLUKS.
@@ -168,7 +203,7 @@ async def make(
     hash_name = options.get("hash-alg", "sha256")
     iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
 
-    def derive() -> tuple[luks1.Header, list[luks1.Write | luks1.Barrier]]:
+    def derive() -> tuple[luks1.Header, Plan]:
         iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
         header, key, plan = luks1.format_plan(spec, hash_name, password, *iterations, detached=detached)
         key.wipe()

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -108,6 +108,8 @@ class Node(ABC):
     resettable_options: ClassVar[frozenset[str]] = frozenset()
     #: Whether images of this format can hold snapshots of themselves.
     supports_internal_snapshots: ClassVar[bool] = False
+    #: Whether `amend` can change something.
+    amendable: ClassVar[bool] = False
     #: Options that make a difference to the data, so that they appear in a `json:` file name; a member of an
     #: option is written with a dot.
     strong_options: ClassVar[tuple[str, ...]] = ()
@@ -167,6 +169,25 @@ class Node(ABC):
         self.options = options
         self.node_options = node_options
         self.read_only = node_options.read_only
+
+    async def amend(
+        self,
+        options: Mapping[str, Any],
+        *,
+        force: bool,
+        progress: Callable[[int, int], None],
+        commit: Callable[[], None],
+    ) -> None:
+        """Change what the image's header says; requests go on meanwhile.
+
+        :param options: BlockdevAmendOptions, for this driver.
+        :param force: even if data is lost.
+        :param progress: is told how much is done, and of how much.
+        :param commit: is called where there is no way back: from there on it can't be cancelled.
+        :raise Error: what is wrong; then nothing has changed.
+        :raise OSError: what the storage says.
+        """
+        raise Error("Driver does not support x-blockdev-amend")
 
     async def change_backing_name(self, filename: str | None, image_format: str | None) -> None:
         """Write another name of a backing image into the header; the graph stays as it is.

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from qmpd.block import inspection, snapshots
 from qmpd.block.accounting import Accounting
+from qmpd.block.amending import amend, check_amendable
 from qmpd.block.backend import Backend
 from qmpd.block.change import Change
 from qmpd.block.drivers import can_create, create
@@ -49,6 +50,19 @@ def blockdev_create(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
         # A detached header can be made alone; whatever has a payload has a size.
         raise Error("Parameter 'options.size' is missing")
     parts.jobs.start(arguments["job-id"], "create", lambda job: create(parts.graph, options))
+    return {}
+
+
+def blockdev_amend(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Start a job that changes what an image's header says."""
+    node = parts.graph.lookup(None, arguments["node-name"])
+    options, force = arguments["options"], arguments.get("force", False)
+    check_amendable(node, options)
+    parts.jobs.start(
+        arguments["job-id"],
+        "amend",
+        lambda job: amend(node, options, force=force, progress=job.report_progress, commit=job.commit),
+    )
     return {}
 
 
@@ -367,6 +381,8 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "blockdev-add": blockdev_add,
     "blockdev-del": blockdev_del,
     "blockdev-create": blockdev_create,
+    "blockdev-amend": blockdev_amend,
+    "x-blockdev-amend": blockdev_amend,
     "block_resize": block_resize,
     "blockdev-reopen": blockdev_reopen,
     "blockdev-snapshot": blockdev_snapshot,

@@ -61,23 +61,25 @@ from typing import Final
 
 from qmpd.crypto import antiforensic, kdf
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.sectors import SECTOR, Buffer, SectorCipher
 from qmpd.errors import Error
 
 __all__ = [
     "HEADER_BYTES",
     "INVALID_PASSWORD",
+    "SALT_BYTES",
     "SECTOR",
     "SLOTS",
     "STRIPES",
-    "Barrier",
     "Header",
     "Keyslot",
     "VolumeKey",
-    "Write",
     "format_plan",
     "iterations_for",
     "new_header",
+    "seal",
+    "slot_extent",
     "unlock_slot",
 ]
 
@@ -108,6 +110,11 @@ _HEADER: Final = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _SLOT: Final = struct.Struct(">II32sII")
 
 
+def slot_extent(number: int) -> tuple[int, int]:
+    """Return ``(offset, length)`` of the description of slot `number` in the header, in bytes."""
+    return _HEADER.size + number * _SLOT.size, _SLOT.size
+
+
 def _sectors(length: int) -> int:
     return -(-length // SECTOR)
 
@@ -132,6 +139,11 @@ class Keyslot:
     salt: bytes = field(repr=False)
     key_offset: int
     stripes: int = STRIPES
+
+    def pack(self) -> bytes:
+        """Return the slot's 48 bytes in the header."""
+        state = _ACTIVE if self.active else _DISABLED
+        return _SLOT.pack(state, self.iterations, self.salt, self.key_offset, self.stripes)
 
 
 @dataclass(frozen=True)
@@ -215,16 +227,16 @@ class Header:
             self.digest_salt,
             self.digest_iterations,
             self.uuid.encode()[:40],
-        ) + b"".join(
-            _SLOT.pack(
-                _ACTIVE if slot.active else _DISABLED,
-                slot.iterations,
-                slot.salt,
-                slot.key_offset,
-                slot.stripes,
-            )
-            for slot in self.slots
-        )
+        ) + b"".join(slot.pack() for slot in self.slots)
+
+    def with_slot(self, number: int, slot: Keyslot) -> Header:
+        """Return the same header with another slot of this number."""
+        return replace(self, slots=(*self.slots[:number], slot, *self.slots[number + 1 :]))
+
+    @property
+    def active_slots(self) -> list[int]:
+        """The numbers of the slots that hold a key."""
+        return [number for number, slot in enumerate(self.slots) if slot.active]
 
     @property
     def spec(self) -> CipherSpec:
@@ -382,19 +394,6 @@ def _wipe(buffer: bytearray) -> None:
     buffer[:] = bytes(len(buffer))
 
 
-@dataclass(frozen=True)
-class Write:
-    """Put `data` at byte `offset` of the header's volume."""
-
-    offset: int
-    data: bytes = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """What was written before must be on the disk before what comes after is written."""
-
-
 def iterations_for(hash_name: str, key_bytes: int, milliseconds: int) -> tuple[int, int]:
     """Return the PBKDF2 iterations of a keyslot and of the digest that a creation should take.
 
@@ -448,7 +447,7 @@ def format_plan(
     detached: bool = False,
     uuid: str | None = None,
     random: Callable[[int], bytes] = os.urandom,
-) -> tuple[Header, VolumeKey, list[Write | Barrier]]:
+) -> tuple[Header, VolumeKey, Plan]:
     """Make a volume key and a header with `password` in slot 0 (specification, section 4.1).
 
     The first write takes away whatever header was there, and the last one
@@ -470,32 +469,52 @@ def format_plan(
     key = bytearray(random(spec.key_bytes))
     digest_salt, slot_salt = random(SALT_BYTES), random(SALT_BYTES)
     digest = kdf.pbkdf2(hash_name, key, digest_salt, digest_iterations, DIGEST_BYTES)
-    derived = kdf.pbkdf2(hash_name, password, slot_salt, slot_iterations, spec.key_bytes)
-    material = antiforensic.split(hash_name, key, STRIPES, random)
-    offset, length = blank.material_extent(0)
-    material.extend(bytes(length - len(material)))
-    cipher = SectorCipher(spec, derived)
-    try:
-        encrypted = bytes(cipher.encrypt(material, 0))
-    finally:
-        cipher.close()
-        _wipe(derived)
-        _wipe(material)
     first_slot = replace(blank.slots[0], active=True, iterations=slot_iterations, salt=slot_salt)
     header = replace(
         blank,
         digest=bytes(digest),
         digest_salt=digest_salt,
         digest_iterations=digest_iterations,
-        slots=(first_slot, *blank.slots[1:]),
-    )
+    ).with_slot(0, first_slot)
+    material = seal(header, 0, key, password, random)
     area = _aligned(_sectors(HEADER_BYTES)) * SECTOR
-    plan: list[Write | Barrier] = [
+    plan: Plan = [
         Write(0, bytes(area)),
         Barrier(),
-        Write(offset, encrypted),
+        Write(header.material_extent(0)[0], material),
         Barrier(),
         Write(0, header.pack().ljust(area, b"\0")),
         Barrier(),
     ]
     return header, VolumeKey(key), plan
+
+
+def seal(
+    header: Header,
+    slot: int,
+    key: Buffer,
+    password: Buffer,
+    random: Callable[[int], bytes] = os.urandom,
+) -> bytes:
+    """Make the key material with which `password` opens a keyslot (specification, section 4.1 and figure 3).
+
+    It may take long and releases the interpreter lock: call it in a worker thread.
+
+    :param header: salt and iterations of the slot are the ones to use.
+    :param slot: the slot's number.
+    :param key: the volume key.
+    :param random: gives as many random bytes as it is asked for.
+    :returns: what belongs at :meth:`Header.material_extent`.
+    """
+    keyslot = header.slots[slot]
+    _, length = header.material_extent(slot)
+    derived = kdf.pbkdf2(header.hash_name, password, keyslot.salt, keyslot.iterations, header.key_bytes)
+    material = antiforensic.split(header.hash_name, key, keyslot.stripes, random)
+    material.extend(bytes(length - len(material)))
+    cipher = SectorCipher(header.spec, derived)
+    try:
+        return bytes(cipher.encrypt(material, 0))
+    finally:
+        cipher.close()
+        _wipe(derived)
+        _wipe(material)

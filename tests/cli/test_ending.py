@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.luks1 import Write, format_plan
+from qmpd.crypto.luks1 import format_plan
+from qmpd.crypto.plan import Write
 
 
 @pytest.fixture

@@ -41,7 +41,8 @@ from daemons import CHECKOUT
 from harness import load_qmpdiff
 
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.luks1 import Write, format_plan
+from qmpd.crypto.luks1 import format_plan
+from qmpd.crypto.plan import Write
 
 HERE: Final = Path(__file__).parent
 

@@ -12,51 +12,54 @@ Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from qmpd.block import creation, luks_header
+from qmpd.block import creation, keyslots, luks_header
+from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder
 from qmpd.block.luks_header import HeaderArea
-from qmpd.block.node import SECTOR, Data, Extent, Node
+from qmpd.block.node import SECTOR, Data, Extent
 from qmpd.block.permissions import Permission
 from qmpd.block.tiled_cipher import LONG, TILE, TiledCipher
 from qmpd.crypto import luks1
+from qmpd.crypto.plan import Write
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
 
 
-class LuksNode(Node):
+class LuksNode(KeyslotHolder):
     """A LUKS1 disk, unlocked."""
 
     driver = "luks"
     strong_options = ("key-secret",)
     request_alignment = SECTOR
+    amendable = True
 
-    _header: luks1.Header
+    _header: luks1.Header | None = None
     _cipher: TiledCipher | None = None
     _payload_offset = 0
 
     async def open(self) -> None:
         """Read the header, unlock a keyslot, see that the payload is there."""
-        source = await self._open_header() or self.file
-        self._header, cipher = await luks_header.unlock(
-            self.graph, HeaderArea(source), self.options, detached="header" in self.children
+        await self._open_header()
+        header, cipher = await luks_header.unlock(
+            self.graph, self.header_area, self.options, detached="header" in self.children
         )
+        self._header = header
         self._cipher = TiledCipher(cipher, self.graph.cipher_pool)
-        self._payload_offset = self._header.payload_offset * luks1.SECTOR
-        self._header.payload_bytes(self.file.size)
+        self._payload_offset = header.payload_offset * luks1.SECTOR
+        header.payload_bytes(self.file.size)
 
-    async def _open_header(self) -> Node | None:
+    async def _open_header(self) -> None:
         """Attach the node with the detached header, if the options name one."""
         if "header" in self.options and "header-file" in self.options:
             raise Error("Parameters 'header' and 'header-file' are mutually exclusive")
         reference = self.options.get("header", self.options.get("header-file"))
-        if reference is None:
-            return None
-        return await self.graph.open_child(self, "header", reference)
+        if reference is not None:
+            await self.graph.open_child(self, "header", reference)
 
     async def close(self) -> None:
         """Wipe the key, here and in the processes that have it."""
@@ -84,7 +87,7 @@ class LuksNode(Node):
     @property
     def _is_detached(self) -> bool:
         # A whole image may serve as header too; its payload offset still counts then.
-        return "header" in self.children and self._header.payload_offset == 0
+        return "header" in self.children and self._payload_offset == 0
 
     def child_permissions(
         self, role: str, perm: Permission, shared: Permission
@@ -94,11 +97,62 @@ class LuksNode(Node):
         The same goes for the header's node, so whoever writes the disk holds
         off others who would change its keyslots.
         """
-        return perm | Permission.CONSISTENT_READ, shared
+        perm |= Permission.CONSISTENT_READ
+        if role != self.header_role:
+            return perm, shared
+        if self.header_access is HeaderAccess.EXCLUSIVE:
+            perm |= Permission.WRITE
+        return self.header_access.permissions(perm, shared)
 
     def format_specific(self) -> dict[str, Any] | None:
         """ImageInfoSpecificLUKS."""
+        assert self._header is not None, "an open disk has a header"
         return {"type": "luks", "data": luks_header.header_info(self._header, detached=self._is_detached)}
+
+    # -- the header
+
+    @property
+    def header_role(self) -> str:
+        """Where the header is: on a node of its own, or in front of the payload."""
+        return "header" if "header" in self.children else "file"
+
+    @property
+    def header_area(self) -> HeaderArea:
+        """The beginning of that node."""
+        return HeaderArea(self.children[self.header_role].child)
+
+    @property
+    def luks_header(self) -> luks1.Header | None:
+        """The header."""
+        return self._header
+
+    @luks_header.setter
+    def luks_header(self, header: luks1.Header) -> None:
+        self._header = header
+
+    @property
+    def opened_with(self) -> str:
+        """The option `key-secret`."""
+        secret: str = self.options["key-secret"]
+        return secret
+
+    def copy_volume_key(self) -> luks1.VolumeKey:
+        """A copy of what the cipher has."""
+        return luks1.VolumeKey(self._active_cipher.cipher.copy_key())
+
+    async def amend(
+        self,
+        options: Mapping[str, Any],
+        *,
+        force: bool,
+        progress: Callable[[int, int], None],
+        commit: Callable[[], None],
+    ) -> None:
+        """Change keyslots.
+
+        :param options: BlockdevAmendOptionsLUKS.
+        """
+        await keyslots.amend(self, options, force=force, commit=commit)
 
     # -- requests
 
@@ -180,7 +234,7 @@ async def create(graph: Graph, options: Mapping[str, Any]) -> None:
         if header_disk is not None:
             await header_disk.truncate(header.header_length())
         for step in plan:
-            if isinstance(step, luks1.Write):
+            if isinstance(step, Write):
                 await target.pwrite(step.offset, step.data)
             else:
                 await target.flush()

@@ -15,8 +15,9 @@ from qcow2_images import attach, detach, run
 from qmpd.block.drivers import create
 from qmpd.block.drivers.qcow2.creation import new_header
 from qmpd.block.drivers.qcow2.header import Header
-from qmpd.block.drivers.qcow2.layout import Barrier, Layout, Write, Zeroes
+from qmpd.block.drivers.qcow2.layout import Layout, Zeroes
 from qmpd.block.graph import Graph
+from qmpd.crypto.plan import Barrier, Write
 from qmpd.errors import Error
 
 SIZES = (0, 512, 1 << 20, 3_000_320)

@@ -33,9 +33,10 @@ from qmpd.block.drivers.qcow2.header import (
     Incompatible,
     feature_name_table,
 )
-from qmpd.block.drivers.qcow2.layout import Barrier, CryptoHeader, Layout, Step, Write
+from qmpd.block.drivers.qcow2.layout import CryptoHeader, Layout, Step
 from qmpd.block.node import SECTOR
 from qmpd.block.permissions import Permission
+from qmpd.crypto.plan import Barrier, Write
 from qmpd.errors import Error
 
 if TYPE_CHECKING:

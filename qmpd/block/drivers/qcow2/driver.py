@@ -54,6 +54,7 @@ from qmpd.block.drivers.qcow2.mapping import BACKING_KINDS, COPIED, OFFSET, ZERO
 from qmpd.block.drivers.qcow2.metadata import L2Slice, Metadata, WordTable, shown
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.settings import Settings
+from qmpd.block.keyslot_holder import KeyslotHolder
 from qmpd.block.node import (
     SECTOR,
     BlockStatus,
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
     from qmpd.block.drivers.qcow2.encryption import DataCipher
     from qmpd.block.drivers.qcow2.snapshots import Snapshot
     from qmpd.block.graph import Graph
+    from qmpd.block.luks_header import HeaderArea
+    from qmpd.crypto import luks1
 
 #: Decompressed clusters that are kept for the next small read.
 _INFLATED: Final = 4
@@ -109,12 +112,13 @@ class _Allocation:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
-class Qcow2Node(Node):
+class Qcow2Node(KeyslotHolder):
     """An image in the format qcow2."""
 
     driver = "qcow2"
     supports_backing = True
     supports_internal_snapshots = True
+    amendable = True
     strong_options = ("encrypt.key-secret",)
     resettable_options = frozenset(
         {
@@ -334,7 +338,41 @@ class Qcow2Node(Node):
         self.backing_filename, self.backing_format = filename, header.backing_format
         self.implied_backing = None
 
-    # -- for amending
+    # -- keyslots
+
+    header_role = "file"
+
+    @property
+    def header_area(self) -> HeaderArea:
+        """The part of the image that its header names."""
+        return self._encrypted_data.header_area(self.file)
+
+    @property
+    def luks_header(self) -> luks1.Header | None:
+        """The LUKS header, if the image is encrypted with one."""
+        return None if self._cipher is None else self._cipher.luks_header
+
+    @luks_header.setter
+    def luks_header(self, header: luks1.Header) -> None:
+        self._encrypted_data.luks_header = header
+        self._map_crypto_header(self._alive())
+
+    @property
+    def opened_with(self) -> str:
+        """The option `encrypt.key-secret`."""
+        secret: str = self.options["encrypt"]["key-secret"]
+        return secret
+
+    def copy_volume_key(self) -> luks1.VolumeKey:
+        """A copy of what the cipher has."""
+        return self._encrypted_data.copy_key()
+
+    @property
+    def _encrypted_data(self) -> DataCipher:
+        assert self._cipher is not None, "only an encrypted image has keyslots"
+        return self._cipher
+
+    # -- amending
 
     async def amend(
         self,
@@ -344,12 +382,20 @@ class Qcow2Node(Node):
         progress: Callable[[int, int], None],
         commit: Callable[[], None],
     ) -> None:
-        """Change what the header says.
+        """Change keyslots, or what else the header says.
 
         :param options: BlockdevAmendOptionsQcow2.
         """
         async with self._amending:
-            await amending.amend(self, options, force=force, progress=progress, commit=commit)
+            if "encrypt" in options and self._cipher is None:
+                raise Error("The qcow2 image is not encrypted")
+            others = not amending.OPTIONS.isdisjoint(options)
+            if others:
+                await amending.check(self, options, force=force)
+            if self._cipher is not None and "encrypt" in options:
+                await self._cipher.amend(self, options["encrypt"], force=force, commit=commit)
+            if others:
+                await amending.amend(self, options, force=force, progress=progress, commit=commit)
 
     @property
     def tables(self) -> Metadata:
@@ -589,7 +635,8 @@ class Qcow2Node(Node):
         perm |= Permission.CONSISTENT_READ
         if not self.read_only:
             perm |= Permission.WRITE | Permission.RESIZE
-        return perm, shared & ~(Permission.WRITE | Permission.RESIZE) | Permission.WRITE_UNCHANGED
+        shared = shared & ~(Permission.WRITE | Permission.RESIZE) | Permission.WRITE_UNCHANGED
+        return self.header_access.permissions(perm, shared)
 
     @property
     def _data(self) -> Node:

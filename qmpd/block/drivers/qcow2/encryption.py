@@ -15,21 +15,24 @@ Source: qcow2 specification, sections "Header" (crypt_method), "Full disk encryp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from qmpd.block import luks_header
+from qmpd.block import keyslots, luks_header
 from qmpd.block.drivers.qcow2.layout import CryptoHeader
 from qmpd.block.luks_header import HeaderArea
 from qmpd.block.node import SECTOR, Data, Node
 from qmpd.block.tiled_cipher import TiledCipher
 from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.plan import Write
 from qmpd.crypto.sectors import SectorCipher
+from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.block.drivers.qcow2.header import Crypto
     from qmpd.block.graph import Graph
+    from qmpd.block.keyslot_holder import KeyslotHolder
 
 #: What the options of the encryption begin with in messages.
 PREFIX: Final = "encrypt."
@@ -49,8 +52,13 @@ async def make_header(graph: Graph, options: Mapping[str, Any]) -> CryptoHeader 
         return None
     header, plan = await luks_header.make(graph, luks_header.spec_for(options, PREFIX), options)
     # The order in which they reach the storage does not matter: the image is none before all are there.
-    pieces = [(step.offset, step.data) for step in plan if isinstance(step, luks1.Write)]
+    pieces = [(step.offset, step.data) for step in plan if isinstance(step, Write)]
     return CryptoHeader(header.header_length(), pieces)
+
+
+def _area(file: Node, extent: Crypto) -> HeaderArea:
+    """Where a LUKS header is on the node with the image."""
+    return HeaderArea(file, extent.offset, extent.length, "Could not read encryption header")
 
 
 class DataCipher:
@@ -79,8 +87,7 @@ class DataCipher:
         :param options: BlockdevQcow2Encryption.
         :raise Error: in QEMU's words.
         """
-        area = HeaderArea(file, extent.offset, extent.length, "Could not read encryption header")
-        header, cipher = await luks_header.unlock(graph, area, options, prefix=PREFIX)
+        header, cipher = await luks_header.unlock(graph, _area(file, extent), options, prefix=PREFIX)
         return cls(TiledCipher(cipher, graph.cipher_pool), header, extent)
 
     @classmethod
@@ -103,6 +110,44 @@ class DataCipher:
     def close(self) -> None:
         """Wipe the key.  May be called again."""
         self._tiled.close()
+
+    @property
+    def luks_header(self) -> luks1.Header | None:
+        """The LUKS header, or None for the AES method."""
+        return self._header
+
+    @luks_header.setter
+    def luks_header(self, header: luks1.Header) -> None:
+        self._header = header
+
+    def header_area(self, file: Node) -> HeaderArea:
+        """Where the LUKS header is on the node with the image."""
+        assert self._extent is not None, "only LUKS has a header"
+        return _area(file, self._extent)
+
+    async def amend(
+        self,
+        image: KeyslotHolder,
+        options: Mapping[str, Any],
+        *,
+        force: bool,
+        commit: Callable[[], None],
+    ) -> None:
+        """Change keyslots.
+
+        :param image: the node that this is the cipher of.
+        :param options: QCryptoBlockAmendOptions.
+        :raise Error: in QEMU's words.
+        """
+        if options["format"] != "luks":
+            raise Error("Amend can't be used to change the qcow2 encryption format")
+        if self._header is None:
+            raise Error("Only LUKS encryption options can be amended for qcow2 with blockdev-amend")
+        await keyslots.amend(image, options, force=force, commit=commit)
+
+    def copy_key(self) -> luks1.VolumeKey:
+        """A copy of the volume key, for the caller to wipe."""
+        return luks1.VolumeKey(self._tiled.cipher.copy_key())
 
     def info(self) -> dict[str, Any]:
         """ImageInfoSpecificQCow2Encryption."""

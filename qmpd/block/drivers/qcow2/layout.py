@@ -30,6 +30,7 @@ import numpy as np
 
 from qmpd.block.drivers.qcow2 import mapping, refcounts
 from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, Crypto, Header
+from qmpd.crypto.plan import Barrier, Write
 from qmpd.errors import Error
 
 SECTOR: Final = 512
@@ -39,24 +40,11 @@ _PIECE: Final = 1 << 20
 
 
 @dataclass(frozen=True)
-class Write:
-    """`data` has to be written at `offset`."""
-
-    offset: int
-    data: bytes
-
-
-@dataclass(frozen=True)
 class Zeroes:
     """`length` bytes at `offset` have to read as zeroes."""
 
     offset: int
     length: int
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """All that came before has to be on stable storage."""
 
 
 Step = Write | Zeroes | Barrier

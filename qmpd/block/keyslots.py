@@ -1,0 +1,307 @@
+"""Changing the keyslots of a LUKS header that lies on a node.
+
+Which slots are meant, whether that may be, the keys' derivation in threads, and
+then the writes of a plan (:mod:`qmpd.crypto.luks1_keyslots`).  The drivers that
+have such a header (`luks`, and `qcow2` with encryption inside) are
+:class:`~qmpd.block.keyslot_holder.KeyslotHolder`.
+
+While it happens nobody else may read or write the header's node: whoever has it
+open with other permissions, in this daemon or in another process, makes the
+change fail before anything has happened.  Other holders of the same header in
+this daemon are no obstacle: they need the header's node for nothing meanwhile,
+so they let go of it until the change is over, and then know the new slots.
+
+The header is read again for each change, because somebody else may have changed
+slots since the node was opened.  What a plan is to overwrite is read before it is
+carried out, and put back if a write fails.
+
+Source: LUKS On-Disk Format Specification 1.2.3, sections 4.1 to 4.3.  The rules
+and the texts of refusals are QEMU's.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from qmpd.block import luks_header
+from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder
+from qmpd.block.luks_header import HeaderArea
+from qmpd.crypto import kdf, luks1, luks1_keyslots
+from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
+from qmpd.crypto.plan import Plan, Write
+from qmpd.errors import Error
+
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+async def amend(
+    holder: KeyslotHolder, options: Mapping[str, Any], *, force: bool, commit: Callable[[], None]
+) -> None:
+    """Add, replace or erase keys.
+
+    :param options: QCryptoBlockAmendOptionsLUKS.
+    :param force: slots in use may be overwritten, and the last one erased; and if no passphrase is at
+        hand that opens the volume any more, the volume key in memory will do.
+    :param commit: is called when nothing but writing is left: from there on it can't be cancelled.
+    :raise Error: in QEMU's words; then nothing has changed.
+    :raise OSError: what the storage says; then all is as before, if the storage let us put it back.
+    """
+    async with exclusive(holder) as access:
+        header, sectors = await _read_again(holder)
+        plan_change = _activation if options["state"] == "active" else _erasure
+        header, plan = await plan_change(holder, header, sectors, options, force)
+        commit()
+        await access.carry_out(plan)
+        access.announce(header)
+
+
+class Access:
+    """Sole access to a LUKS header.
+
+    :param holder: who has it.
+    :param others: the other holders of the same header.
+    """
+
+    def __init__(self, holder: KeyslotHolder, others: list[KeyslotHolder]) -> None:
+        self._holder = holder
+        self._others = others
+
+    async def carry_out(self, plan: Plan) -> None:
+        """Write what a plan says; if that fails, put back what was there.
+
+        :raise OSError: what the storage says.
+        """
+        area = self._holder.header_area
+        if self._holder.read_only:
+            # QEMU says so when it has done everything but writing.
+            raise Error(f"{area.failure}: {os.strerror(errno.EPERM)}")
+        # Nobody reopens or replaces the nodes below meanwhile.
+        async with self._holder.graph.change() as change:
+            before: dict[int, bytes] = {}
+            for step in plan:
+                if isinstance(step, Write) and len(before.get(step.offset, b"")) < len(step.data):
+                    before[step.offset] = bytes(await area.read(step.offset, len(step.data)))
+            change.on_failure(_put_back, area, before)
+            for step in plan:
+                if isinstance(step, Write):
+                    await area.write(step.offset, step.data)
+                else:
+                    await area.node.flush()
+
+    def announce(self, header: luks1.Header) -> None:
+        """Tell all holders what the header is now."""
+        for holder in (self._holder, *self._others):
+            holder.luks_header = header
+
+
+async def _put_back(area: HeaderArea, before: Mapping[int, bytes]) -> None:
+    """Write what was there before a plan that failed: key material first, what says that it counts last."""
+    for offset in sorted(before, reverse=True):
+        await area.write(offset, before[offset])
+        await area.node.flush()
+
+
+# -- sole access
+
+
+@asynccontextmanager
+async def exclusive(holder: KeyslotHolder) -> AsyncIterator[Access]:
+    """Keep everybody else from the header's node for the time of an ``async with``; one waits for another.
+
+    :raise Error: if somebody else has it open.
+    """
+    graph = holder.graph
+    identity = holder.header_identity
+    async with graph.turn(identity):
+        others = [
+            node
+            for node in graph.nodes()
+            if isinstance(node, KeyslotHolder)
+            and node is not holder
+            and node.header_role == "header"
+            and node.header_identity == identity
+        ]
+        # Those on the same node change their permissions in one step with us, so nobody slips in between.
+        # Those on another node of the same file have locks of their own there, which have to go first.
+        source = holder.header_area.node
+        beside = [node for node in others if node.header_area.node is source]
+        elsewhere = [node for node in others if node not in beside]
+        try:
+            _set_access(graph, elsewhere, HeaderAccess.SUSPENDED)
+            for node in beside:
+                node.header_access = HeaderAccess.SUSPENDED
+            holder.header_access = HeaderAccess.EXCLUSIVE
+            graph.settle(holder, *beside)
+            yield Access(holder, others)
+        finally:
+            for node in (holder, *others):
+                node.header_access = HeaderAccess.ORDINARY
+            try:
+                graph.settle(holder, *beside)
+                graph.settle(*elsewhere)
+            except Error as error:
+                # Another process has taken a lock in the moment between.
+                _LOG.warning("a node could not take its permissions on a LUKS header again: %s", error.desc)
+
+
+def _set_access(graph: Graph, holders: list[KeyslotHolder], access: HeaderAccess) -> None:
+    for holder in holders:
+        holder.header_access = access
+    graph.settle(*holders)
+
+
+async def _read_again(holder: KeyslotHolder) -> tuple[luks1.Header, bytes]:
+    """The header as it is now, and the sectors on which it is.
+
+    :raise Error: if it can't be read, or is that of another volume.
+    """
+    known = holder.luks_header
+    assert known is not None, "whoever changes keyslots has some"
+    sectors = bytes(await holder.header_area.read(0, HEADER_SECTORS_BYTES))
+    header = luks1.Header.parse(sectors, detached=holder.header_role == "header")
+    if replace(header, slots=known.slots) != known:
+        raise Error("The LUKS header is another one than when the node was opened")
+    return header, sectors
+
+
+# -- what is to change
+
+
+async def _activation(
+    holder: KeyslotHolder, header: luks1.Header, sectors: bytes, options: Mapping[str, Any], force: bool
+) -> tuple[luks1.Header, Plan]:
+    """Put a new passphrase into the slots that the options mean."""
+    graph = holder.graph
+    if "new-secret" not in options:
+        raise Error("'new-secret' is required to activate a keyslot")
+    slots = await _slots_to_activate(holder, header, options, force)
+    iter_time = options.get("iter-time", luks_header.DEFAULT_ITER_TIME)
+    with await _volume_key(holder, header, options.get("secret", holder.opened_with), force) as key:
+        password = graph.secrets(options["new-secret"])
+        try:
+            iterations = await graph.in_key_thread(
+                kdf.calibrate, header.hash_name, iter_time, header.key_bytes
+            )
+            return await graph.in_key_thread(
+                luks1_keyslots.activate_plan, header, sectors, slots, key.data, password, iterations
+            )
+        finally:
+            password[:] = bytes(len(password))
+
+
+async def _slots_to_activate(
+    holder: KeyslotHolder, header: luks1.Header, options: Mapping[str, Any], force: bool
+) -> list[int]:
+    # QEMU never takes an old passphrase here.  With `force` it says which slots to overwrite.
+    if "old-secret" in options and not force:
+        raise Error("'old-secret' must not be given when activating keyslots")
+    if "keyslot" in options:
+        slot = _checked(options["keyslot"], unsigned=True)
+        if header.slots[slot].active and not force:
+            raise Error(f"Refusing to overwrite active keyslot {slot} - please erase it first")
+        if "old-secret" in options:
+            await _slots_opened(holder, header, options["old-secret"], slot)
+        return [slot]
+    if "old-secret" in options:
+        return await _slots_opened(holder, header, options["old-secret"])
+    for slot, keyslot in enumerate(header.slots):
+        if not keyslot.active:
+            return [slot]
+    raise Error("Can't add a keyslot - all keyslots are in use")
+
+
+async def _erasure(
+    holder: KeyslotHolder, header: luks1.Header, sectors: bytes, options: Mapping[str, Any], force: bool
+) -> tuple[luks1.Header, Plan]:
+    """Erase the slots that the options mean."""
+    for member in ("new-secret", "iter-time"):
+        if member in options:
+            raise Error(f"'{member}' must not be given when erasing keyslots")
+    if "keyslot" in options:
+        given = options["keyslot"]
+        slots = [_checked(given)] if "old-secret" not in options else []
+        if "old-secret" in options:
+            slots = await _slots_opened(holder, header, options["old-secret"], given)
+        slot = slots[0]
+        if not header.slots[slot].active and not force:
+            raise Error(f"Given keyslot {slot} is already erased (inactive) ")
+        if header.active_slots == [slot] and not force:
+            raise Error(
+                f"Attempt to erase the only active keyslot {slot} which will erase all the data in the image "
+                "irreversibly - refusing operation"
+            )
+    elif "old-secret" in options:
+        slots = await _slots_opened(holder, header, options["old-secret"])
+        if slots == header.active_slots and not force:
+            raise Error(
+                "All the active keyslots match the (old) password that was given and erasing them will erase "
+                "all the data in the image irreversibly - refusing operation"
+            )
+    else:
+        raise Error(
+            "To erase keyslot(s), either explicit keyslot index or the password currently contained in them "
+            "must be given"
+        )
+    return luks1_keyslots.erase_plan(header, sectors, slots)
+
+
+def _checked(slot: int, *, unsigned: bool = False) -> int:
+    if not 0 <= slot < luks1.SLOTS:
+        shown = slot & 0xFFFFFFFF if unsigned else slot
+        raise Error(f"Invalid keyslot {shown} specified, must be between 0 and {luks1.SLOTS - 1}")
+    return slot
+
+
+async def _slots_opened(
+    holder: KeyslotHolder, header: luks1.Header, secret: str, slot: int | None = None
+) -> list[int]:
+    """The slots that a secret's passphrase opens.
+
+    :param slot: the only one to try.
+    :raise Error: if there is none.
+    """
+    graph = holder.graph
+    password = graph.secrets(secret)
+    try:
+        if slot is not None:
+            if not await luks_header.opens(graph, holder.header_area, header, _checked(slot), password):
+                raise Error(
+                    f"Given keyslot {slot} doesn't contain the given old password for erase operation"
+                )
+            return [slot]
+        slots = [
+            number
+            for number in header.active_slots
+            if await luks_header.opens(graph, holder.header_area, header, number, password)
+        ]
+        if not slots:
+            raise Error("No keyslots match given (old) password for erase operation")
+        return slots
+    finally:
+        password[:] = bytes(len(password))
+
+
+async def _volume_key(
+    holder: KeyslotHolder, header: luks1.Header, secret: str, force: bool
+) -> luks1.VolumeKey:
+    """The volume key: whoever adds a key has to know one, as in QEMU; with `force` it need not be so."""
+    graph = holder.graph
+    try:
+        password = graph.secrets(secret)
+        try:
+            return await luks_header.find_key(graph, holder.header_area, header, password)
+        finally:
+            password[:] = bytes(len(password))
+    except Error:
+        if not force:
+            raise
+        return holder.copy_volume_key()
