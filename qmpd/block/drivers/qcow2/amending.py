@@ -108,10 +108,10 @@ def check_size(size: int, header: Header, *, version: int, snapshots: bool) -> N
         raise Error("The new size must be a multiple of 512")
     if size > MAX_SIZE:
         raise Error(f"offset({size}) exceeds maximum({MAX_SIZE})")
-    if header.l1_entries_for(size) * 8 > MAX_L1_BYTES:
-        raise Error("Failed to grow the L1 table: File too large")
     if snapshots and version < 3:
         raise Error("Can't resize a v2 image which has snapshots")
+    if header.l1_entries_for(size) * 8 > MAX_L1_BYTES:
+        raise Error("Failed to grow the L1 table: File too large")
 
 
 def _check_before_width(wanted: _Wanted) -> None:
@@ -124,7 +124,8 @@ def _check_before_width(wanted: _Wanted) -> None:
     bits = wanted.refcount_bits
     if bits <= 0 or bits & bits - 1 or bits > 1 << MAX_REFCOUNT_ORDER:
         raise Error("Refcount width must be a power of two and may not exceed 64 bits")
-    if "refcount-bits" in options and wanted.version < 3 and bits != 1 << _V2_REFCOUNT_ORDER:
+    changes = bits != 1 << header.refcount_order
+    if changes and wanted.version < 3 and bits != 1 << _V2_REFCOUNT_ORDER:
         raise Error(f"Refcount widths other than 16 bits require {_NEWER.format('or ')}")
 
 
@@ -459,7 +460,8 @@ class _Amendment:
         lazy = node.options.get("lazy-refcounts", bool(target.compatible & Compatible.LAZY_REFCOUNTS))
         if meta.lazy and not lazy:
             self._commit()
-            await node.become_lazy(False)
+            # If all fails after this the node does without until it is opened again.
+            await node.stop_being_lazy()
         if target.version < 3 and meta.header.bitmaps is not None:
             self._superfluous = await clusters_of(meta.read, meta.header.bitmaps, meta.cluster_bytes)
         renamed = target.backing_name, target.backing_format
@@ -467,29 +469,32 @@ class _Amendment:
         if target.refcount_order == meta.header.refcount_order:
             self._commit()
             async with meta.allocating:
-                await _write_header(meta, _with_places_of(target, meta.header))
+                await _write_header(meta, _with_places_of(target, meta.header, lazy=lazy))
         else:
-            await self._change_width(target)
+            await self._change_width(target, lazy=lazy)
         if renamed != renamed_from:
             node.name_backing()
-        if lazy and not meta.lazy:
-            await node.become_lazy(True)
+        if lazy:
+            node.be_lazy()
 
-    async def _change_width(self, target: Header) -> None:
+    async def _change_width(self, target: Header, *, lazy: bool) -> None:
         meta = self._node.tables
         self._count.expect(sum(1 for word in meta.table.words if word))
         async with meta.unchanging_counts():
             made = await refcount_width.build(meta, target.refcount_order, self._count.step)
             self._commit()
-            new = _with_places_of(target, meta.header)
+            new = _with_places_of(target, meta.header, lazy=lazy)
             new.refcount_table_offset = made.table_offset
             new.refcount_table_clusters = made.table_clusters
             await _write_header(meta, new)
             meta.use_refcounts(made.order, made.table_offset, made.table(), made.end * meta.cluster_bytes)
 
 
-def _with_places_of(target: Header, now: Header) -> Header:
-    """A header that says what `target` says, of tables that are where they are now."""
+def _with_places_of(target: Header, now: Header, *, lazy: bool) -> Header:
+    """A header that says what `target` says, of tables that are where they are now.
+
+    :param lazy: refcounts will be postponed from then on, those that wait to be written included.
+    """
     new = target.copy()
     new.size = now.size
     for name in (
@@ -504,4 +509,6 @@ def _with_places_of(target: Header, now: Header) -> Header:
     passing = int(Incompatible.DIRTY | Incompatible.CORRUPT)
     if new.version >= 3:
         new.incompatible = new.incompatible & ~passing | now.incompatible & passing
+        if lazy:
+            new.incompatible |= int(Incompatible.DIRTY)
     return new

@@ -374,6 +374,13 @@ class Qcow2Node(KeyslotHolder):
 
     # -- amending
 
+    @property
+    def _encrypted_data(self) -> DataCipher:
+        assert self._cipher is not None, "only an encrypted image has keyslots"
+        return self._cipher
+
+    # -- amending
+
     async def amend(
         self,
         options: Mapping[str, Any],
@@ -388,7 +395,7 @@ class Qcow2Node(KeyslotHolder):
         """
         async with self._amending:
             if "encrypt" in options and self._cipher is None:
-                raise Error("The qcow2 image is not encrypted")
+                raise Error("image is not encrypted, can't amend")
             others = not amending.OPTIONS.isdisjoint(options)
             if others:
                 await amending.check(self, options, force=force)
@@ -453,23 +460,24 @@ class Qcow2Node(KeyslotHolder):
         """Write the disk's data at `offset` to its place in the file, enciphered if need be."""
         await self._write_data(place, data, offset)
 
-    async def become_lazy(self, lazy: bool) -> None:
-        """Postpone refcounts from now on, or do not any more and write them.
+    def be_lazy(self) -> None:
+        """Postpone refcounts from now on; the header says already that they are not to be relied on."""
+        meta = self._alive()
+        meta.lazy, meta.before_change = True, self._become_dirty
+
+    async def stop_being_lazy(self) -> None:
+        """Write the refcounts, and do not postpone them any more.
 
         :raise OSError: what the storage says.
         """
         meta = self._alive()
-        if lazy:
-            # Counts that wait to be written were not postponed until now.
-            await self._become_dirty()
-            meta.lazy, meta.before_change = True, self._become_dirty
-            return
         meta.lazy = False
         await meta.commit(refcounts_too=True)
-        meta.before_change = None
+        # If this fails the bit may stay until the image is closed; it does no harm.
         async with self._dirtying:
             if self._header.incompatible & Incompatible.DIRTY:
                 await self._set_incompatible(self._header.incompatible & ~Incompatible.DIRTY)
+        meta.before_change = None
 
     def name_backing(self) -> None:
         """The header has another name for the backing image."""
@@ -486,7 +494,7 @@ class Qcow2Node(KeyslotHolder):
         if meta is None or self.read_only or self._dead:
             return
         await meta.settle()
-        if meta.lazy and self._header.incompatible & Incompatible.DIRTY:
+        if self._header.incompatible & Incompatible.DIRTY:
             await self._set_incompatible(self._header.incompatible & ~Incompatible.DIRTY)
 
     async def close(self) -> None:

@@ -119,8 +119,6 @@ async def _change(
         await meta.file.pwrite(table, wanted.astype(">u8").tobytes())
         await meta.file.flush()
     except BaseException:
-        if not taken:
-            raise
         # It may be on the storage; what nobody needs then is as good as leaked, and what is needed stays.
         await _put_back(meta, table, entries, taken, len(users))
         raise
