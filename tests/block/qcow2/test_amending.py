@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
@@ -13,7 +14,12 @@ from typing import Any, Final
 import pytest
 from qcow2_images import attach, create, detach, judge, run
 
+from qmpd.block import snapshots
 from qmpd.block.backend import Backend
+from qmpd.block.drivers.qcow2.amending import header_writes
+from qmpd.block.drivers.qcow2.header import Extension, ExtensionType, Header
+from qmpd.block.drivers.qcow2.refcount_width import lay_out
+from qmpd.block.drivers.qcow2.refcounts import block_entries
 from qmpd.block.graph import Graph
 from qmpd.errors import Error
 
@@ -49,7 +55,7 @@ async def amend(node: Any, *, force: bool = False, **options: Any) -> list[tuple
 def info(path: Path) -> dict[str, Any]:
     """What qemu-img says of an image."""
     found: dict[str, Any] = json.loads(
-        run(path.parent, "qemu-img", "info", "-f", "qcow2", "--output=json", str(path))
+        run(path.parent, "qemu-img", "info", "-U", "-f", "qcow2", "--output=json", str(path))
     )
     return found
 
@@ -278,3 +284,287 @@ async def test_the_refusals_are_qemu_imgs(graph: Graph, tmp_path: Path, number: 
         else:
             run(tmp_path, "qemu-img", "check", str(path))
     assert 0 < refused < tried
+
+
+# -- what else is in an image
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+async def test_an_encrypted_image_reads_the_same_in_every_version(
+    graph: Graph, tmp_path: Path, kind: str
+) -> None:
+    """Zero clusters become enciphered zeroes, for there is something behind them; in a snapshot too."""
+    base = random.Random(2).randbytes(SIZE)
+    (tmp_path / "base.raw").write_bytes(base)
+    options = f"encrypt.format={kind},encrypt.key-secret=pw,cluster_size=16k"
+    options += ",encrypt.iter-time=1" if kind == "luks" else ""
+    path = tmp_path / "d.qcow2"
+    run(
+        tmp_path, "qemu-img", "create", "-q", *SECRET, "-f", "qcow2", "-o", options, "-b", "base.raw",
+        "-F", "raw", "d.qcow2", str(SIZE),
+    )  # fmt: skip
+    backend = await attach(graph, path, encrypt={"format": kind, "key-secret": "pw"})
+    model = bytearray(base)
+    await fill(backend, model, kind)
+    async with graph.change() as change:
+        await snapshots.create_internal(graph, "d", "s", change)
+    kept = bytes(model)
+    await fill(backend, model, "after")
+    await amend(backend.node, version="v2")
+    assert bytes(await backend.pread(0, SIZE)) == model
+    await amend(backend.node, version="v3", refcount_bits=8)
+    await detach(graph, backend)
+    opened = f"driver=qcow2,file.filename={path},encrypt.format={kind},encrypt.key-secret=pw"
+    for chosen, expected in (([], model), (["-l", "snapshot.name=s"], kept)):
+        if kind == "aes" and chosen:
+            continue  # QEMU's convert takes no --image-opts together with a snapshot of such an image.
+        run(tmp_path, "qemu-img", "convert", *SECRET, "--image-opts", *chosen, "-O", "raw", opened, "r.raw")
+        assert (tmp_path / "r.raw").read_bytes() == expected
+    run(tmp_path, "qemu-img", "check", *SECRET, "--image-opts", opened)
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+async def test_compressed_clusters_stay(graph: Graph, tmp_path: Path) -> None:
+    path = tmp_path / "d.qcow2"
+    compress(path, "zlib")
+    model = bytearray(b"compressible" * (SIZE // 12))
+    backend = await attach(graph, path)
+    await backend.write_zeroes(300_000 // 512 * 512, 700 * KILOBYTE)
+    start = 300_000 // 512 * 512
+    model[start : start + 700 * KILOBYTE] = bytes(700 * KILOBYTE)
+    await amend(backend.node, version="v2")
+    await amend(backend.node, version="v3", refcount_bits=64)
+    assert bytes(await backend.pread(0, SIZE)) == model
+    await detach(graph, backend)
+    judge(path, model)
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+async def test_what_only_a_snapshot_has_in_zstd_stays_readable(graph: Graph, tmp_path: Path) -> None:
+    """QEMU makes it an image of version 2, and can't read the snapshot any more."""
+    path = tmp_path / "d.qcow2"
+    compress(path, "zstd")
+    run(tmp_path, "qemu-img", "snapshot", "-c", "s", "d.qcow2")
+    run(tmp_path, "qemu-io", "-c", f"discard 0 {SIZE}", "d.qcow2")
+    before = path.read_bytes()
+    backend = await attach(graph, path)
+    text = "Cannot downgrade an image with zstd compression type and existing compressed clusters"
+    with pytest.raises(Error, match=text):
+        await amend(backend.node, version="v2")
+    await detach(graph, backend)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.peer("qemu-img")
+async def test_bitmaps_go_with_version_3_and_leave_nothing_behind(graph: Graph, tmp_path: Path) -> None:
+    path = create(tmp_path, "", SIZE)
+    run(tmp_path, "qemu-img", "bitmap", "--add", "d.qcow2", "b")
+    run(tmp_path, "qemu-io", "-c", "write 0 1M", "d.qcow2")
+    run(tmp_path, "qemu-img", "bitmap", "--disable", "d.qcow2", "b")
+    backend = await attach(graph, path)
+    await amend(backend.node, lazy_refcounts=True, refcount_bits=8)
+    assert info(path.parent / "d.qcow2")["format-specific"]["data"]["bitmaps"]
+    await amend(backend.node, version="v2", refcount_bits=16)
+    await detach(graph, backend)
+    run(tmp_path, "qemu-img", "check", "d.qcow2")
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+async def test_old_snapshots_learn_their_size(graph: Graph, tmp_path: Path) -> None:
+    """In version 2 an entry may be without the size of the disk; in version 3 it is not."""
+    path = create(tmp_path, "compat=0.10", SIZE)
+    keep(path)
+    with path.open("r+b") as image:
+        image.seek(64)
+        table = int.from_bytes(image.read(8), "big")
+        image.seek(table)
+        entry = bytearray(image.read(256))
+        extra = int.from_bytes(entry[36:40], "big")
+        entry[36:40] = bytes(4)
+        image.seek(table)
+        image.write(bytes(entry[:40] + entry[40 + extra :]).ljust(256, b"\0"))
+    backend = await attach(graph, path)
+    await amend(backend.node, version="v3", size=SIZE * 2)
+    await detach(graph, backend)
+    run(tmp_path, "qemu-img", "check", "d.qcow2")
+    run(tmp_path, "qemu-img", "snapshot", "-a", "s", "d.qcow2")
+    assert info(path)["virtual-size"] == SIZE
+
+
+@pytest.mark.peer("qemu-img")
+async def test_another_backing_file_needs_force(graph: Graph, tmp_path: Path) -> None:
+    for name in ("base.raw", "long" * 200 + "x"):
+        (tmp_path / "base.raw").write_bytes(bytes(SIZE))
+        path = create(tmp_path, "cluster_size=4k", SIZE, backing="base.raw")
+        backend = await attach(graph, path)
+        with pytest.raises(Error, match="^Cannot amend the backing file$"):
+            await amend(backend.node, backing_file=name, backing_fmt="qcow2")
+        await amend(backend.node, backing_file="base.raw", backing_fmt="raw")
+        await amend(backend.node, force=True, backing_file=name, backing_fmt="qcow2")
+        assert (backend.node.backing_filename, backend.node.backing_format) == (name, "qcow2")
+        assert backend.node.backing is not None
+        with pytest.raises(Error, match="^Backing file name too long$"):
+            await amend(backend.node, force=True, backing_file="y" * 1024)
+        await detach(graph, backend)
+        assert fields(path)["backing-file"] == name
+        backend = await attach(graph, path, backing=None)
+        await amend(backend.node, force=True, backing_file="")
+        with pytest.raises(Error, match="^Backing format cannot be used without backing file$"):
+            await amend(backend.node, force=True, backing_fmt="raw")
+        await detach(graph, backend)
+        assert fields(path)["backing-file"] is fields(path)["backing-fmt"] is None
+        judge(path, bytes(SIZE))
+
+
+# -- beside others
+
+
+@pytest.mark.peer("qemu-img")
+@pytest.mark.parametrize("made", ["cluster_size=4k", "cluster_size=4k,backing_file=base.raw,backing_fmt=raw"])
+async def test_requests_go_on_meanwhile(graph: Graph, tmp_path: Path, made: str) -> None:
+    """Two amend all the time, one of which waits for the other; a guest writes, and notices nothing."""
+    base = random.Random(3).randbytes(SIZE)
+    (tmp_path / "base.raw").write_bytes(base)
+    path = create(tmp_path, made, SIZE)
+    model = bytearray(base if "base" in made else SIZE)
+    backend = await attach(graph, path)
+    done = 0
+
+    async def write(seed: int) -> None:
+        chance = random.Random(seed)
+        part = SIZE // 4
+        while done < 2:
+            length = chance.choice((512, 4096, 20_480))
+            start = seed * part + chance.randrange(0, (part - length) // 512) * 512
+            data = chance.choice((chance.randbytes(length), bytes(length)))
+            if any(data):
+                await backend.pwrite(start, data)
+            else:
+                await backend.write_zeroes(start, length, unmap=chance.random() < 0.5)
+            model[start : start + length] = data
+            if chance.random() < 0.1:
+                await backend.flush()
+            assert bytes(await backend.pread(start, length)) == data
+
+    async def change(wanted: list[dict[str, Any]]) -> None:
+        nonlocal done
+        try:
+            for _ in range(3):
+                for options in wanted:
+                    await amend(backend.node, **options)
+        finally:
+            done += 1
+
+    await asyncio.gather(
+        *(write(seed) for seed in range(4)),
+        change([{"version": "v3", "refcount-bits": bits} for bits in (64, 8, 16)]),
+        change(
+            [
+                {"version": "v2", "refcount-bits": 16, "lazy-refcounts": False},
+                {"version": "v3", "lazy-refcounts": True},
+            ]
+        ),
+    )
+    assert bytes(await backend.pread(0, SIZE)) == model
+    await detach(graph, backend)
+    judge(path, model)
+
+
+@pytest.mark.peer("qemu-img")
+async def test_a_cancelled_amendment_has_changed_nothing(graph: Graph, tmp_path: Path) -> None:
+    """It is cancelled wherever it can be: as long as it has not said that there is no way back."""
+    path = create(tmp_path, "cluster_size=512", SIZE)
+    model = bytearray(random.Random(4).randbytes(SIZE))
+    backend = await attach(graph, path)
+    await backend.pwrite(0, bytes(model))
+    await backend.flush()
+    before = fields(path)
+    for steps in range(0, 200, 7):
+        decided = False
+
+        def decide() -> None:
+            nonlocal decided
+            decided = True
+
+        amending = asyncio.create_task(
+            backend.node.amend({"refcount-bits": 1}, force=False, progress=lambda *_: None, commit=decide)
+        )
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if decided or amending.done():
+            await amending
+            break
+        amending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await amending
+        assert fields(path) == before
+        # Whoever needs a cluster gets one.
+        await backend.write_zeroes(0, 4096, unmap=True)
+        await backend.pwrite(0, bytes(model[:4096]))
+    await detach(graph, backend)
+    judge(path, model)
+
+
+@pytest.mark.peer("qemu-img")
+async def test_who_may_not_be_disturbed_is_not(graph: Graph, tmp_path: Path) -> None:
+    path = create(tmp_path, "", SIZE)
+    backend = await attach(graph, path, write=False)
+    with pytest.raises(Error, match="^Block node is read-only$"):
+        await amend(backend.node, lazy_refcounts=True)
+    await detach(graph, backend)
+    # What the node was opened with has to go on being possible.
+    for option, text in (
+        ("discard-no-unref", "discard-no-unref is only supported since qcow2 version 3"),
+        ("lazy-refcounts", "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"),
+    ):
+        backend = await attach(graph, path, **{option: True})
+        with pytest.raises(Error, match=f"^{text}$"):
+            await amend(backend.node, version="v2")
+        await detach(graph, backend)
+
+
+# -- plans
+
+
+def _cluster(header: Header, *, name_offset: int = 0) -> bytes:
+    return header.build(name_offset=name_offset).ljust(header.cluster_bytes, b"\0")
+
+
+@pytest.mark.parametrize("name", [0, 20, 400, 1000])
+@pytest.mark.parametrize("extra", [0, 300])
+def test_a_header_is_replaced_by_one_sector(name: int, extra: int) -> None:
+    """Before that sector is written the old header reads as ever."""
+    old = Header(cluster_bits=13, refcount_table_offset=8192, refcount_table_clusters=1)
+    old.backing_name = b"o" * name or None
+    old.extensions = [Extension(ExtensionType.BACKING_FORMAT, b"raw"), Extension(0x1234, bytes(extra))]
+    new = old.copy()
+    new.version, new.compatible = 2, 0
+    new.backing_name = b"n" * name or None
+    for before, after in ((old, new), (new, old)):
+        area = _cluster(before)
+        writes, first = header_writes(area, after)
+        assert len(first) == 512
+        image = bytearray(area)
+        for offset, data in writes:
+            assert offset >= 512
+            image[offset : offset + len(data)] = data
+            assert Header.parse(image) == Header.parse(area)
+        image[: len(first)] = first
+        assert Header.parse(image) == Header.parse(_cluster(after))
+
+
+@pytest.mark.parametrize("order", range(7))
+@pytest.mark.parametrize("cluster", [512, 65536])
+def test_a_new_refcount_structure_counts_itself(order: int, cluster: int) -> None:
+    entries = block_entries(cluster, order)
+    for start in (1, entries - 1, entries, entries * 3 + 5, entries * 1000 - 2):
+        used = {0, (start - 1) // entries}
+        made = lay_out(cluster, order, used, start)
+        assert set(made.blocks) >= used
+        assert {number // entries for number in range(start, made.end)} <= set(made.blocks)
+        table = made.table()
+        assert len(table) * 8 == made.table_clusters * cluster
+        places = [word // cluster for word in table if word]
+        assert places == list(range(start, start + len(made.blocks)))
+        assert made.table_offset == (start + len(made.blocks)) * cluster

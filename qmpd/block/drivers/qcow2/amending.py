@@ -245,6 +245,10 @@ def header_writes(area: bytes, target: Header) -> tuple[list[tuple[int, bytes]],
             if not name_offset:
                 raise
             continue
+        # What is not needed stays as it is, for the old header may need it.
+        head, name = Header.bytes_in_use(data.ljust(len(area), b"\0"))
+        if name:
+            data = data[: head.stop] + area[head.stop : name.start] + data[name.start :]
         data += area[len(data) :]
         differing = np.flatnonzero(np.frombuffer(data, np.uint8) != np.frombuffer(area, np.uint8))
         differing = differing[differing >= SECTOR]

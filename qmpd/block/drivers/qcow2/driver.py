@@ -1325,7 +1325,9 @@ class Qcow2Node(KeyslotHolder):
 
     async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         meta = self._alive()
-        if not self._has_zero_flag and (self.backing is not None or not unmap):
+        # As it is now: the image may be about to become one of version 2, and waits for this request then.
+        flag = ZERO if self._has_zero_flag else 0
+        if not flag and (self.backing is not None or not unmap):
             raise NotSupported
         epoch = meta.epoch
         epoch.requests += 1
@@ -1341,11 +1343,11 @@ class Qcow2Node(KeyslotHolder):
             if self._external and self._header.raw_external_data and start < end:
                 await self._write_zeroes(start, end - start, unmap=unmap)
             while start < end:
-                start = await self._zero_some(meta, start, end, unmap)
+                start = await self._zero_some(meta, start, end, unmap, flag)
         finally:
             epoch.requests -= 1
 
-    async def _zero_some(self, meta: Metadata, start: int, end: int, unmap: bool) -> int:
+    async def _zero_some(self, meta: Metadata, start: int, end: int, unmap: bool, flag: int) -> int:
         """Make clusters read as zeroes, as far as one slice goes; returns where the next ones begin."""
         cluster = start >> self._bits
         slice_end = (cluster // meta.slice_entries + 1) * meta.slice_entries << self._bits
@@ -1360,7 +1362,7 @@ class Qcow2Node(KeyslotHolder):
                 position = index * meta.entry_words
                 entry = piece.words[position]
                 if whole:
-                    self._zero_cluster(meta, piece, position, unmap)
+                    self._zero_cluster(meta, piece, position, unmap, flag)
                 elif entry & mapping.COMPRESSED:
                     # Part of a compressed cluster: the rest of it needs a place of its own.
                     await self._allocate_and_write(meta, piece, start, memoryview(bytes(stop - start)))
@@ -1376,12 +1378,11 @@ class Qcow2Node(KeyslotHolder):
             await meta.commit()
         return start
 
-    def _zero_cluster(self, meta: Metadata, piece: L2Slice, position: int, unmap: bool) -> None:
+    def _zero_cluster(self, meta: Metadata, piece: L2Slice, position: int, unmap: bool, flag: int) -> None:
         entry = piece.words[position]
         compressed = bool(entry & mapping.COMPRESSED)
         keep = not compressed and (not unmap or self._keeps_places)
-        flags = 0 if meta.entry_words == 2 or not self._has_zero_flag else ZERO
-        new = (entry if keep else 0) | flags
+        new = (entry if keep else 0) | (flag if meta.entry_words == 1 else 0)
         if meta.entry_words == 2:
             piece.words[position + 1] = mapping.ALL_SUBCLUSTERS << SUBCLUSTERS
         elif new == entry:
@@ -1405,7 +1406,8 @@ class Qcow2Node(KeyslotHolder):
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         meta = self._alive()
-        if not self._has_zero_flag and self.backing is not None:
+        flag = ZERO if self._has_zero_flag else 0
+        if not flag and self.backing is not None:
             # What was hidden would come to light again.
             raise NotSupported
         start = offset + -offset % self._cluster
@@ -1424,13 +1426,16 @@ class Qcow2Node(KeyslotHolder):
                 cluster = start >> self._bits
                 until = (cluster // meta.slice_entries + 1) * meta.slice_entries
                 async with self._changing(cluster, min(until, -(-end // self._cluster))):
-                    start = await self._discard_some(meta, start, end, full=False)
+                    start = await self._discard_some(meta, start, end, flag)
         finally:
             epoch.requests -= 1
 
-    async def _discard_some(self, meta: Metadata, start: int, end: int, *, full: bool) -> int:
+    async def _discard_some(
+        self, meta: Metadata, start: int, end: int, flag: int, *, full: bool = False
+    ) -> int:
         """Give clusters up, as far as one slice goes; returns where the next ones begin.
 
+        :param flag: of entries that are to read as zeroes.
         :param full: what is behind the disk's end does not even have to read as zeroes.
         """
         cluster = start >> self._bits
@@ -1443,13 +1448,13 @@ class Qcow2Node(KeyslotHolder):
         index = cluster % meta.slice_entries
         count = -(-(end - start) // self._cluster)
         for position in range(index * meta.entry_words, (index + count) * meta.entry_words, meta.entry_words):
-            self._discard_cluster(meta, piece, position, hidden=hidden, full=full)
+            self._discard_cluster(meta, piece, position, flag, hidden=hidden, full=full)
         if meta.much_freed:
             await meta.commit()
         return end
 
     def _discard_cluster(
-        self, meta: Metadata, piece: L2Slice, position: int, *, hidden: bool, full: bool
+        self, meta: Metadata, piece: L2Slice, position: int, flag: int, *, hidden: bool, full: bool
     ) -> None:
         words = piece.words
         entry = words[position]
@@ -1464,8 +1469,8 @@ class Qcow2Node(KeyslotHolder):
             new = entry if keep else 0
             if extended:
                 new_bitmap = mapping.ALL_SUBCLUSTERS << SUBCLUSTERS
-            elif self._has_zero_flag:
-                new |= ZERO
+            else:
+                new |= flag
         if (new, new_bitmap) == (entry, bitmap):
             return
         words[position] = new
@@ -1553,7 +1558,7 @@ class Qcow2Node(KeyslotHolder):
         for index in np.flatnonzero(np.frombuffer(meta.l1.words, np.uint64) & np.uint64(OFFSET)).tolist():
             start, end = max(first, index * table_bytes), min(old, (index + 1) * table_bytes)
             while start < end:
-                start = await self._discard_some(meta, start, end, full=True)
+                start = await self._discard_some(meta, start, end, 0, full=True)
         await meta.commit()
         for index in np.flatnonzero(np.frombuffer(meta.l1.words, np.uint64) & np.uint64(OFFSET)).tolist():
             if index >= kept:
