@@ -179,22 +179,23 @@ async def test_what_is_amended_is_so_and_the_disk_holds_what_it_held(
 
 # -- refusals
 
+#: Options, and what is done to the image.  With larger clusters qemu-img takes seconds for another width.
 IMAGES: Final[tuple[tuple[str, Callable[[Path], None] | None], ...]] = (
-    ("", None),
-    ("compat=0.10", None),
-    ("refcount_bits=8", None),
-    ("lazy_refcounts=on", None),
-    ("data_file=data.raw", None),
-    ("data_file=data.raw,data_file_raw=on", None),
-    ("extended_l2=on", None),
-    ("extended_l2=on,refcount_bits=8,cluster_size=16k", None),
-    ("compression_type=zstd", lambda path: compress(path, "zstd")),
-    ("", lambda path: compress(path, "zlib")),
-    ("", lambda path: keep(path)),
-    ("refcount_bits=2,cluster_size=4k", lambda path: keep(path)),
-    ("compat=0.10", lambda path: keep(path)),
-    ("", lambda path: keep(path, resize=True)),
-    ("extended_l2=on", lambda path: keep(path, resize=True)),
+    ("cluster_size=4k", None),
+    ("cluster_size=4k,compat=0.10", None),
+    ("cluster_size=4k,refcount_bits=8", None),
+    ("cluster_size=4k,lazy_refcounts=on", None),
+    ("cluster_size=4k,data_file=data.raw", None),
+    ("cluster_size=4k,data_file=data.raw,data_file_raw=on", None),
+    ("cluster_size=16k,extended_l2=on", None),
+    ("cluster_size=16k,extended_l2=on,refcount_bits=8", None),
+    ("cluster_size=4k", lambda path: compress(path, "zstd")),
+    ("cluster_size=4k", lambda path: compress(path, "zlib")),
+    ("cluster_size=4k", lambda path: keep(path)),
+    ("cluster_size=4k,refcount_bits=2", lambda path: keep(path)),
+    ("cluster_size=4k,compat=0.10", lambda path: keep(path)),
+    ("cluster_size=4k", lambda path: keep(path, resize=True)),
+    ("cluster_size=16k,extended_l2=on", lambda path: keep(path, resize=True)),
 )
 
 CHOICES: Final[tuple[dict[str, Any], ...]] = (
@@ -226,8 +227,8 @@ CHOICES: Final[tuple[dict[str, Any], ...]] = (
 def compress(path: Path, method: str) -> None:
     (path.parent / "s.raw").write_bytes(b"compressible" * (SIZE // 12))
     run(
-        path.parent, "qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={method}",
-        "s.raw", str(path),
+        path.parent, "qemu-img", "convert", "-c", "-O", "qcow2", "-o",
+        f"cluster_size=4k,compression_type={method}", "s.raw", str(path),
     )  # fmt: skip
 
 
@@ -263,7 +264,7 @@ async def test_the_refusals_are_qemu_imgs(graph: Graph, tmp_path: Path, number: 
     refused = tried = 0
     chance = random.Random(number)
     pairs = [a | b for a, b in itertools.combinations(CHOICES, 2) if a.keys() != b.keys()]
-    for options in [*CHOICES, *chance.sample(pairs, 20)]:
+    for options in [*CHOICES, *chance.sample(pairs, 14)]:
         path.write_bytes(image)
         expected = by_qemu_img(path, options)
         if options.get("refcount-bits") == -1 and expected is not None and "out of range" in expected:
