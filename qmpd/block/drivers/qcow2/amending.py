@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -369,12 +370,13 @@ class _Amendment:
     async def run(self) -> None:
         """Check, make ready, and change."""
         node = self._node
-        target = await self._check()
-        older = target.version < node.tables.header.version
-        node.zero_flags_wanted = not older
         try:
-            if older and self._backed:
-                await self._place_zero_clusters()
+            with Backend(node.graph, perm=Permission.nothing()).use(node) as own:
+                target = await own.run(self._check)
+                older = target.version < node.tables.header.version
+                node.zero_flags_wanted = not older
+                if older and self._backed:
+                    await self._place_zero_clusters(own)
             async with AsyncExitStack() as stack:
                 graph_change = await stack.enter_async_context(node.graph.change())
                 resized = target.size != node.tables.header.size
@@ -401,15 +403,19 @@ class _Amendment:
         """Whether what is not allocated may not read as zeroes."""
         return self._node.backing is not None or self._node.tables.header.backing_name is not None
 
-    async def _place_zero_clusters(self) -> None:
-        """Give the disk's zero clusters places while requests go on; there come no new ones."""
+    async def _place_zero_clusters(self, own: Backend) -> None:
+        """Give the disk's zero clusters places while requests go on; there come no new ones.
+
+        :param own: for requests that others can wait for.
+        """
         meta = self._node.tables
         entries = meta.header.l2_entries
         numbers = [index for index, word in enumerate(meta.l1.words) if word]
         self._count.expect(len(numbers))
         for index in numbers:
             for first in range(index * entries, (index + 1) * entries, meta.slice_entries):
-                await self._node.place_zero_clusters(first, zero_clusters.PIECE)
+                while await own.run(partial(self._node.place_zero_clusters, first, zero_clusters.PIECE)):
+                    pass
             self._count.step()
 
     async def _carry_out(self, target: Header, change: Change) -> None:

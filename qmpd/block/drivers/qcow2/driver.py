@@ -374,13 +374,6 @@ class Qcow2Node(KeyslotHolder):
 
     # -- amending
 
-    @property
-    def _encrypted_data(self) -> DataCipher:
-        assert self._cipher is not None, "only an encrypted image has keyslots"
-        return self._cipher
-
-    # -- amending
-
     async def amend(
         self,
         options: Mapping[str, Any],
@@ -397,7 +390,7 @@ class Qcow2Node(KeyslotHolder):
             if "encrypt" in options and self._cipher is None:
                 raise Error("image is not encrypted, can't amend")
             others = not amending.OPTIONS.isdisjoint(options)
-            if others:
+            if others and "encrypt" in options:
                 await amending.check(self, options, force=force)
             if self._cipher is not None and "encrypt" in options:
                 await self._cipher.amend(self, options["encrypt"], force=force, commit=commit)
@@ -430,31 +423,33 @@ class Qcow2Node(KeyslotHolder):
         """See `InternalSnapshots.complete`."""
         await self._snapshots.complete(self._alive())
 
-    async def place_zero_clusters(self, first: int, most: int) -> None:
-        """Give the zero clusters of a piece of an L2 table places that are full of zeroes.
+    async def place_zero_clusters(self, first: int, most: int) -> bool:
+        """Give zero clusters of a piece of an L2 table places that are full of zeroes.
 
-        :param first: the number of the piece's first cluster on the disk.
-        :param most: bytes to write at a time, if a cluster is not larger; other requests go in between.
+        :param first: the number of a cluster on the disk that the piece has the entry of.
+        :param most: bytes to write, if a cluster is not larger.
+        :returns: whether there may be more of them.
         """
         meta = self._alive()
+        first -= first % meta.slice_entries
         most = max(1, most >> self._bits)
-        while True:
-            piece = await meta.slice_for(first)
-            index = None if piece is None else mapping.first_zero(piece.words)
-            if index is None:
-                return
-            cluster = first + index
-            epoch = meta.epoch
-            epoch.requests += 1
-            try:
-                async with self._changing(cluster, min(cluster + most, first + meta.slice_entries)):
-                    piece = await meta.writable_slice(cluster)
-                    count = mapping.zero_run(piece.words, index, most)
-                    if count:
-                        data = memoryview(bytes(count << self._bits))
-                        await self._allocate_and_write(meta, piece, cluster << self._bits, data)
-            finally:
-                epoch.requests -= 1
+        piece = await meta.slice_for(first)
+        index = None if piece is None else mapping.first_zero(piece.words)
+        if index is None:
+            return False
+        cluster = first + index
+        epoch = meta.epoch
+        epoch.requests += 1
+        try:
+            async with self._changing(cluster, min(cluster + most, first + meta.slice_entries)):
+                piece = await meta.writable_slice(cluster)
+                count = mapping.zero_run(piece.words, index, most)
+                if count:
+                    data = memoryview(bytes(count << self._bits))
+                    await self._allocate_and_write(meta, piece, cluster << self._bits, data)
+        finally:
+            epoch.requests -= 1
+        return True
 
     async def write_to_place(self, place: int, data: Data, offset: int) -> None:
         """Write the disk's data at `offset` to its place in the file, enciphered if need be."""
@@ -473,11 +468,11 @@ class Qcow2Node(KeyslotHolder):
         meta = self._alive()
         meta.lazy = False
         await meta.commit(refcounts_too=True)
+        meta.before_change = None
         # If this fails the bit may stay until the image is closed; it does no harm.
         async with self._dirtying:
             if self._header.incompatible & Incompatible.DIRTY:
                 await self._set_incompatible(self._header.incompatible & ~Incompatible.DIRTY)
-        meta.before_change = None
 
     def name_backing(self) -> None:
         """The header has another name for the backing image."""
