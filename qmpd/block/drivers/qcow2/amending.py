@@ -389,6 +389,8 @@ class _Amendment:
                 await stack.enter_async_context(node.resizing)
                 # It has had time to become something else.
                 target = await self._check()
+                if not resized and target.size != node.tables.header.size:
+                    raise Error("The disk has been given another size meanwhile")
                 change = await stack.enter_async_context(Change())
                 await self._carry_out(target, change)
         finally:
