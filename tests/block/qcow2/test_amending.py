@@ -473,6 +473,59 @@ async def test_requests_go_on_meanwhile(graph: Graph, tmp_path: Path, made: str)
 
 
 @pytest.mark.peer("qemu-img")
+@pytest.mark.parametrize("seed", range(5))
+async def test_any_amendments_between_snapshots_leave_a_sound_image(
+    graph: Graph, tmp_path: Path, seed: int
+) -> None:
+    """Whether they are made or refused, with little room for tables in memory, and guests at work."""
+    chance = random.Random(seed)
+    (tmp_path / "base.raw").write_bytes(chance.randbytes(SIZE - 51_200))
+    cluster, bits = chance.choice(("512", "1k", "4k")), chance.choice((1, 8, 64))
+    backing = chance.choice((None, "base.raw"))
+    path = create(tmp_path, f"cluster_size={cluster},refcount_bits={bits}", SIZE, backing=backing)
+    backend = await attach(graph, path, **{"l2-cache-size": 1024, "refcount-cache-size": 2048})
+    model = bytearray(await backend.pread(0, SIZE))
+    done = False
+
+    async def write() -> None:
+        while not done:
+            length = chance.choice((512, 20_480, 66_048))
+            start = chance.randrange(0, (SIZE - length) // 512) * 512
+            kind = chance.choice(("write", "write", "zeroes", "unmap"))
+            data = chance.randbytes(length) if kind == "write" else bytes(length)
+            if kind == "write":
+                await backend.pwrite(start, data)
+            else:
+                await backend.write_zeroes(start, length, unmap=kind == "unmap")
+            model[start : start + length] = data
+            assert bytes(await backend.pread(start, length)) == data
+
+    writing = asyncio.create_task(write())
+    made = 0
+    for number in range(12):
+        wanted = {
+            "version": chance.choice(("v2", "v3", None)),
+            "refcount-bits": chance.choice((1, 8, 16, 16, 64, None)),
+            "lazy-refcounts": chance.choice((True, False, None)),
+            "size": SIZE + 512 * chance.choice((0, 3, 200)),
+        }
+        try:
+            await amend(backend.node, **{name: value for name, value in wanted.items() if value is not None})
+            made += 1
+            async with graph.change() as change:
+                await snapshots.create_internal(graph, "d", f"s{number}", change)
+        except Error:
+            pass
+        if number % 3 == 0 and backend.node.internal_snapshots:
+            await snapshots.delete_internal(graph, "d", backend.node.internal_snapshots[0].id, None)
+    done = True
+    await writing
+    assert made
+    await detach(graph, backend)
+    judge(path, model.ljust(fields(path)["size"], b"\0"))
+
+
+@pytest.mark.peer("qemu-img")
 async def test_a_cancelled_amendment_has_changed_nothing(graph: Graph, tmp_path: Path) -> None:
     """It is cancelled wherever it can be: as long as it has not said that there is no way back."""
     path = create(tmp_path, "cluster_size=512", SIZE)
