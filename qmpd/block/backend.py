@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -203,6 +203,15 @@ class Backend:
         It does not wait for a drained section to end: whoever resizes is in one.
         """
         await self._run(None, 0, self.node.truncate(size, preallocation), 0)
+
+    async def run(self, request: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do something else with the node, as one request: drained sections wait for its end.
+
+        :raise OSError: as `pread`, or what the request does.
+        """
+        if self._queues:
+            await self._turn()
+        return await self._run(None, 0, request(), 0)
 
     async def _run(self, kind: str | None, size: int, request: Coroutine[Any, Any, T], started: int) -> T:
         """Await a request, and count it as one of this kind.
