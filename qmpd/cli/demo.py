@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO, cast
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
 #: The names that libvirt would give.
 HEADER_STORAGE: Final = "libvirt-1-storage"
@@ -250,8 +250,10 @@ class Demo:
                 raise DemoError(f"the daemon ended with status {process.returncode} before it listened")
             if path.is_socket():
                 client = QMPClient("demo")
-                await client.connect(str(path))
-                return client
+                # The socket is there a moment before the daemon listens on it.
+                with suppress(ConnectError):
+                    await client.connect(str(path))
+                    return client
             await asyncio.sleep(0.01)
         raise DemoError(f"the daemon did not listen on {path} within {PATIENCE:g} seconds")
 
