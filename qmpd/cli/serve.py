@@ -24,6 +24,8 @@ from qmpd.cli.systemd import Notifier, PassedSocket
 from qmpd.daemon import Daemon
 from qmpd.errors import Error
 
+_logger = logging.getLogger(__name__)
+
 #: More processes for ciphering are not worth their memory, unless somebody asks for them.
 _MOST_CIPHER_PROCESSES: Final = 4
 
@@ -89,6 +91,8 @@ async def _live(
     background: Daemonization | None,
 ) -> None:
     daemon = Daemon(cipher_processes=cipher_processes)
+    if not daemon.locks_keys:
+        _logger.info("keys are not locked in memory: the system does not allow it (RLIMIT_MEMLOCK)")
     ending = _Ending(daemon)
     pid_file: PidFile | None = None
     try:
