@@ -92,7 +92,7 @@ class Daemon:
             quit=self._quit_in_order,
             stdout=stdout or sys.stdout,
         )
-        self._dispatcher = Dispatcher(self.schema, table.handlers(self._parts))
+        self._dispatcher = Dispatcher(self.schema, table.handlers(self._parts), table.GIVEN_UP)
         self._monitors: list[Monitor] = []
         self._ending = asyncio.Event()
 
@@ -180,12 +180,14 @@ class Daemon:
         """The command `quit`: whoever sent it hears of the end of jobs and exports before the reply."""
         for monitor in self._monitors:
             monitor.stop()
+        self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()
         self.quit()
 
     async def close(self) -> None:
         """Take everything down, top first: clients get their last replies and events."""
+        self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()
         self._devices.close()

@@ -32,6 +32,7 @@ from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission, names, on_backing
 from qmpd.block.threads import Threads
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 T = TypeVar("T")
@@ -659,9 +660,17 @@ class Graph:
         """
         return await self._io_threads.run_to_the_end(function, *arguments)
 
-    async def in_key_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a key derivation or another long computation in a thread."""
-        return await self._key_threads.run(function, *arguments)
+    async def in_key_thread(self, steps: Steps[T]) -> T:
+        """Take the steps of a key derivation or another long computation in threads.
+
+        All computations take turns.  If the task is cancelled, the step that was begun is the last one,
+        and it has ended when this returns: what the steps use may be wiped then.
+        """
+        return await self._key_threads.run_steps(steps)
+
+    def give_up_keys(self) -> None:
+        """From now on whoever is cancelled does not wait for a step: the process is about to end."""
+        self._key_threads.abandon()
 
 
 def _on_child(

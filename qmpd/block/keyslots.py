@@ -189,9 +189,9 @@ async def _activation(
         await _volume_key(holder, header, options.get("secret", holder.opened_with), force) as key,
         graph.secrets(options["new-secret"]) as password,
     ):
-        iterations = await graph.in_key_thread(kdf.calibrate, header.hash_name, iter_time, header.key_bytes)
+        iterations = await graph.in_key_thread(kdf.calibrating(header.hash_name, iter_time, header.key_bytes))
         return await graph.in_key_thread(
-            luks1_keyslots.activate_plan, header, sectors, slots, key.data, password.data, iterations
+            luks1_keyslots.activating(header, sectors, slots, key.data, password.data, iterations)
         )
 
 

@@ -2,7 +2,8 @@
 
 It may be at a disk's beginning, on a disk of its own, or somewhere inside an image of another format; a
 :class:`HeaderArea` says where.  The passphrase is asked for at the moment of use and wiped at once, and
-keys are derived in a thread, so that the event loop never waits for one.
+keys are derived in threads, so that the event loop never waits for one, in steps, so that whoever is
+cancelled stops at the next one.
 
 Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in `qmpd.crypto.luks1`).
 """
@@ -18,6 +19,7 @@ from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Plan
 from qmpd.crypto.sectors import SectorCipher
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ async def find_key(
             # It counts only if none of the slots before opens.
             refusal = error
             break
-    return await graph.in_key_thread(_unlock, header, password, materials, refusal)
+    return await graph.in_key_thread(_unlocking(header, password, materials, refusal))
 
 
 async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int, password: KeyBuffer) -> bool:
@@ -134,7 +136,7 @@ async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int,
     if not header.slots[slot].active:
         return False
     material = await area.read(*header.material_extent(slot))
-    key = await graph.in_key_thread(luks1.unlock_slot, header, slot, password.data, material)
+    key = await graph.in_key_thread(luks1.unlocking(header, slot, password.data, material))
     if key is not None:
         key.wipe()
     return key is not None
@@ -150,10 +152,10 @@ def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> 
     return graph.secrets(options["key-secret"])
 
 
-def _unlock(
+def _unlocking(
     header: luks1.Header, password: KeyBuffer, materials: list[tuple[int, bytearray]], refusal: Error
-) -> luks1.VolumeKey:
-    """The volume key, from the first keyslot that `password` opens.  Takes long: run it in a thread.
+) -> Steps[luks1.VolumeKey]:
+    """The volume key, from the first keyslot that `password` opens.
 
     :param materials: the number and the key material of each active keyslot.
     :param refusal: what to say if it opens none.
@@ -162,7 +164,7 @@ def _unlock(
     """
     for slot, material in materials:
         try:
-            key = luks1.unlock_slot(header, slot, password.data, material)
+            key = yield from luks1.unlocking(header, slot, password.data, material)
         except Error as error:
             refusal = error
             continue
@@ -201,14 +203,16 @@ async def make(
     hash_name = options.get("hash-alg", "sha256")
     iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
 
-    def derive() -> tuple[luks1.Header, Plan]:
-        iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
-        header, key, plan = luks1.format_plan(spec, hash_name, password.data, *iterations, detached=detached)
+    def making(password: KeyBuffer) -> Steps[tuple[luks1.Header, Plan]]:
+        iterations = yield from luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
+        header, key, plan = yield from luks1.formatting(
+            spec, hash_name, password.data, *iterations, detached=detached
+        )
         key.wipe()
         return header, plan
 
     with graph.secrets(options["key-secret"]) as password:
-        return await graph.in_key_thread(derive)
+        return await graph.in_key_thread(making(password))
 
 
 def header_info(header: luks1.Header, *, detached: bool) -> dict[str, Any]:

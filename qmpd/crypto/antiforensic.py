@@ -15,12 +15,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 
 from qmpd.crypto import digests
-from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite
+from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite, wiped_on_failure
+from qmpd.crypto.steps import Steps, run
+
+#: About a millisecond's.
+_HASHES_IN_A_STEP: Final = 500
 
 
 def split(
@@ -37,14 +42,28 @@ def split(
     :param length: of the buffer, if there are to be zeroes behind the stripes.
     :raise Error: no such hash.
     """
+    return run(splitting(hash_name, key, stripes, random, length=length))
+
+
+def splitting(
+    hash_name: str,
+    key: Buffer,
+    stripes: int,
+    random: Callable[[int], bytes] = os.urandom,
+    *,
+    length: int | None = None,
+) -> Steps[KeyBuffer]:
+    """:func:`split` in steps of about a millisecond."""
     width = len(key)
     end = width * stripes
     memory = KeyMemory()
     material = memory.take(end if length is None else length)
-    others = random(end - width)
-    material.data[: end - width] = others
-    overwrite(others)
-    _xor_folded(hash_name, material.data[: end - width], key, material.data[end - width : end], memory)
+    with wiped_on_failure(material):
+        others = random(end - width)
+        material.data[: end - width] = others
+        overwrite(others)
+        into = material.data[end - width : end]
+        yield from _xor_folded(hash_name, material.data[: end - width], key, into, memory)
     return material
 
 
@@ -59,19 +78,28 @@ def merge(
     :raise Error: no such hash.
     :raise ValueError: `data` is too short.
     """
+    return run(merging(hash_name, data, key_bytes, stripes, memory))
+
+
+def merging(
+    hash_name: str, data: Buffer, key_bytes: int, stripes: int, memory: KeyMemory | None = None
+) -> Steps[KeyBuffer]:
+    """:func:`merge` in steps of about a millisecond."""
     end = key_bytes * stripes
     if len(data) < end:
         raise ValueError(f"{stripes} stripes of {key_bytes} bytes do not fit into {len(data)} bytes")
     view = memoryview(data)
     memory = memory or KeyMemory()
     key = memory.take(key_bytes)
-    _xor_folded(hash_name, view[: end - key_bytes], view[end - key_bytes : end], key.data, memory)
+    with wiped_on_failure(key):
+        others, last = view[: end - key_bytes], view[end - key_bytes : end]
+        yield from _xor_folded(hash_name, others, last, key.data, memory)
     return key
 
 
 def _xor_folded(
     hash_name: str, stripes: memoryview, last: Buffer, into: memoryview, memory: KeyMemory
-) -> None:
+) -> Steps[None]:
     """Write to `into` what `last` is when XORed with what the stripes amount to.
 
     They are XORed and diffused one after another: d(k+1) = H(d(k) XOR s(k)), d(0) = 0.
@@ -90,10 +118,15 @@ def _xor_folded(
             blocks.append((context.copy, mixed[start:end], state[start:end], end - start))
         amount, result = np.frombuffer(state, np.uint8), np.frombuffer(mixed, np.uint8)
         xor = np.bitwise_xor
-        for stripe in np.frombuffer(stripes, np.uint8).reshape(-1, width):
-            xor(amount, stripe, out=result)
-            for fresh, block, diffused, used in blocks:
-                context = fresh()  # cheaper than a new one
-                context.update(block)
-                diffused[:] = context.finalize()[:used]
+        rows = np.frombuffer(stripes, np.uint8).reshape(-1, width)
+        # These hashes are too short for the interpreter's lock to be let go of meanwhile.
+        together = _HASHES_IN_A_STEP // len(blocks)
+        for first in range(0, len(rows), together):
+            yield
+            for stripe in rows[first : first + together]:
+                xor(amount, stripe, out=result)
+                for fresh, block, diffused, used in blocks:
+                    context = fresh()  # cheaper than a new one
+                    context.update(block)
+                    diffused[:] = context.finalize()[:used]
         xor(amount, np.frombuffer(last, np.uint8), out=np.frombuffer(into, np.uint8))

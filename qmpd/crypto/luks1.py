@@ -62,9 +62,10 @@ from typing import Final
 
 from qmpd.crypto import antiforensic, kdf
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite
+from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite, wiped_on_failure
 from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.sectors import SECTOR, SectorCipher
+from qmpd.crypto.steps import Steps, run
 from qmpd.errors import Error
 
 __all__ = [
@@ -78,11 +79,13 @@ __all__ = [
     "Keyslot",
     "VolumeKey",
     "format_plan",
+    "formatting",
     "iterations_for",
     "new_header",
-    "seal",
+    "sealing",
     "slot_extent",
     "unlock_slot",
+    "unlocking",
 ]
 
 HEADER_BYTES: Final = 592
@@ -369,6 +372,19 @@ def unlock_slot(
         active, or the passphrase is not the one.
     :raise Error: more iterations than `max_iterations`.
     """
+    return run(unlocking(header, slot, password, material, max_iterations=max_iterations, memory=memory))
+
+
+def unlocking(
+    header: Header,
+    slot: int,
+    password: Buffer,
+    material: Buffer,
+    *,
+    max_iterations: int = kdf.MAX_ITERATIONS,
+    memory: KeyMemory | None = None,
+) -> Steps[KeyBuffer | None]:
+    """:func:`unlock_slot` in steps: the slot's derivation, pieces of the merge, the digest's derivation."""
     keyslot = header.slots[slot]
     if not keyslot.active:
         return None
@@ -381,12 +397,18 @@ def unlock_slot(
     _, length = header.material_extent(slot)
     material = bytes(material[:length]).ljust(length, b"\0")
     memory = memory or KeyMemory()
+    yield
     with _slot_cipher(header, slot, password, memory) as cipher, memory.take(length) as stripes:
+        yield
         cipher.decrypt_into(material, 0, stripes.data)
-        key = antiforensic.merge(header.hash_name, stripes.data, header.key_bytes, keyslot.stripes, memory)
-    digest = kdf.pbkdf2(
-        header.hash_name, key.data, header.digest_salt, header.digest_iterations, len(header.digest)
-    )
+        key = yield from antiforensic.merging(
+            header.hash_name, stripes.data, header.key_bytes, keyslot.stripes, memory
+        )
+    with wiped_on_failure(key):
+        yield
+        digest = kdf.pbkdf2(
+            header.hash_name, key.data, header.digest_salt, header.digest_iterations, len(header.digest)
+        )
     if hmac.compare_digest(digest, header.digest):
         return key
     key.wipe()
@@ -406,19 +428,17 @@ def _slot_cipher(header: Header, slot: int, password: Buffer, memory: KeyMemory)
         cipher.close()
 
 
-def iterations_for(hash_name: str, key_bytes: int, milliseconds: int) -> tuple[int, int]:
+def iterations_for(hash_name: str, key_bytes: int, milliseconds: int) -> Steps[tuple[int, int]]:
     """Return the PBKDF2 iterations of a keyslot and of the digest that a creation should take.
 
     The slot's take `milliseconds` on this machine and the digest's an eighth
     of that, which is how QEMU divides ``iter-time``.  Takes some tenths of a
-    second: call it in a worker thread.
+    second.
 
-    :raise Error: no such hash.
+    :raise Error: no such hash, or too many milliseconds.
     """
-    return (
-        kdf.calibrate(hash_name, milliseconds, key_bytes),
-        kdf.calibrate(hash_name, milliseconds / 8, DIGEST_BYTES),
-    )
+    digest = yield from kdf.calibrating(hash_name, milliseconds, DIGEST_BYTES, share=8)
+    return (yield from kdf.calibrating(hash_name, milliseconds, key_bytes)), digest
 
 
 def new_header(
@@ -477,18 +497,46 @@ def format_plan(
         write to the header's volume in this order.
     :raise Error: no such hash.
     """
+    return run(
+        formatting(
+            spec,
+            hash_name,
+            password,
+            slot_iterations,
+            digest_iterations,
+            detached=detached,
+            uuid=uuid,
+            random=random,
+        )
+    )
+
+
+def formatting(
+    spec: CipherSpec,
+    hash_name: str,
+    password: Buffer,
+    slot_iterations: int,
+    digest_iterations: int,
+    *,
+    detached: bool = False,
+    uuid: str | None = None,
+    random: Callable[[int], bytes] = os.urandom,
+) -> Steps[tuple[Header, VolumeKey, Plan]]:
+    """:func:`format_plan` in steps."""
     blank = new_header(spec, hash_name, detached=detached, uuid=uuid)
     key = _random_key(spec.key_bytes, random)
-    digest_salt, slot_salt = random(SALT_BYTES), random(SALT_BYTES)
-    digest = kdf.pbkdf2(hash_name, key.data, digest_salt, digest_iterations, DIGEST_BYTES)
-    first_slot = replace(blank.slots[0], active=True, iterations=slot_iterations, salt=slot_salt)
-    header = replace(
-        blank,
-        digest=bytes(digest),
-        digest_salt=digest_salt,
-        digest_iterations=digest_iterations,
-    ).with_slot(0, first_slot)
-    material = seal(header, 0, key.data, password, random)
+    with wiped_on_failure(key):
+        digest_salt, slot_salt = random(SALT_BYTES), random(SALT_BYTES)
+        yield
+        digest = kdf.pbkdf2(hash_name, key.data, digest_salt, digest_iterations, DIGEST_BYTES)
+        first_slot = replace(blank.slots[0], active=True, iterations=slot_iterations, salt=slot_salt)
+        header = replace(
+            blank,
+            digest=bytes(digest),
+            digest_salt=digest_salt,
+            digest_iterations=digest_iterations,
+        ).with_slot(0, first_slot)
+        material = yield from sealing(header, 0, key.data, password, random)
     area = _aligned(_sectors(HEADER_BYTES)) * SECTOR
     plan: Plan = [
         Write(0, bytes(area)),
@@ -501,16 +549,14 @@ def format_plan(
     return header, VolumeKey(key), plan
 
 
-def seal(
+def sealing(
     header: Header,
     slot: int,
     key: Buffer,
     password: Buffer,
     random: Callable[[int], bytes] = os.urandom,
-) -> bytes:
+) -> Steps[bytes]:
     """Make the key material with which `password` opens a keyslot (specification, section 4.1 and figure 3).
-
-    It may take long and releases the interpreter lock: call it in a worker thread.
 
     :param header: salt and iterations of the slot are the ones to use.
     :param slot: the slot's number.
@@ -520,11 +566,11 @@ def seal(
     """
     _, length = header.material_extent(slot)
     stripes = header.slots[slot].stripes
-    with (
-        _slot_cipher(header, slot, password, KeyMemory()) as cipher,
-        antiforensic.split(header.hash_name, key, stripes, random, length=length) as material,
-    ):
-        return bytes(cipher.encrypt(material.data, 0))
+    yield
+    with _slot_cipher(header, slot, password, KeyMemory()) as cipher:
+        material = yield from antiforensic.splitting(header.hash_name, key, stripes, random, length=length)
+        with material:
+            return bytes(cipher.encrypt(material.data, 0))
 
 
 def _random_key(length: int, random: Callable[[int], bytes]) -> KeyBuffer:

@@ -29,6 +29,8 @@ import mmap
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
@@ -176,6 +178,16 @@ class KeyBuffer:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         # What copy and pickle ask.
         raise TypeError("key material is neither copied nor pickled")
+
+
+@contextmanager
+def wiped_on_failure(buffer: KeyBuffer) -> Iterator[None]:
+    """Wipe `buffer` if what is done in this ``with`` fails or is stopped."""
+    try:
+        yield
+    except BaseException:
+        buffer.wipe()
+        raise
 
 
 def overwrite(result: bytes) -> None:
