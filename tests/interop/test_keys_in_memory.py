@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import subprocess
 import time
@@ -203,6 +204,27 @@ def test_a_wrong_passphrase_leaves_nothing_but_itself(
     assert_nowhere(daemon, {**volume.slot_key(0, ANOTHER), **volume.volume_key()})
     daemon.execute("object-del", {"id": "s"})
     assert_nowhere(daemon, passphrase_pieces(ANOTHER))
+
+
+def test_who_goes_away_while_a_key_is_derived_leaves_nothing(
+    start_daemon: Callable[..., RunningDaemon], volume: Volume, passphrase_file: Path
+) -> None:
+    needs_root()
+    daemon = start_daemon()
+    add_secret(daemon, "s", passphrase_file)
+    for pause in (0.0, 0.002, 0.005, 0.01, 0.02, 0.04):
+        file = {"driver": "file", "filename": str(volume.path)}
+        disk = {"driver": "luks", "node-name": "disk", "key-secret": "s", "file": file}
+        with daemon.connect() as client:
+            client.send(json.dumps({"execute": "blockdev-add", "arguments": disk}).encode())
+            time.sleep(pause)
+        until(lambda: not daemon.execute("query-named-block-nodes") or "disk" in daemon.node_names())
+        if "disk" in daemon.node_names():
+            daemon.execute("blockdev-del", {"node-name": "disk"})
+    daemon.execute("object-del", {"id": "s"})
+    gone = {**volume.slot_key(0, PASSPHRASE), **volume.volume_key(), **passphrase_pieces()}
+    until(lambda: not found(daemon, gone))
+    daemon.assert_alive()
 
 
 def test_what_is_worked_out_to_change_keyslots_is_nowhere_afterwards(
