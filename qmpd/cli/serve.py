@@ -121,7 +121,7 @@ async def _live(
 
 
 def _log_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log an exception that nobody caught: without its text, and without what asyncio would show beside it."""
+    """Log an exception that nobody caught, without its text or what else asyncio would show of it."""
     error = context.get("exception")
     _logger.error("%s\n%s", context["message"], trace(error) if error is not None else "")
 
