@@ -123,7 +123,8 @@ async def _live(
 def _log_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log an exception that nobody caught, without its text or what else asyncio would show of it."""
     error = context.get("exception")
-    _logger.error("%s\n%s", context["message"], trace(error) if error is not None else "")
+    what = context["message"].partition("(")[0]  # of a callback, without its arguments
+    _logger.error("%s\n%s", what, trace(error) if error is not None else "")
 
 
 class _Ending:
