@@ -35,7 +35,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-from qmpd.errors import Error
+from qmpd.errors import Error, trace
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -222,9 +222,9 @@ class Job:
             self.error = error.desc
         except OSError as error:
             self.error = error.strerror or str(error)
-        except Exception:
-            # A fault of ours.  Its text is for the log: it may hold anything.
-            _LOG.exception("job %s failed unexpectedly", self.id)
+        except Exception as error:
+            # A fault of ours.  Its text may hold anything, a secret too.
+            _LOG.error("job %s failed unexpectedly\n%s", self.id, trace(error))
             self.error = "Internal error"
         if not self._counts_itself:
             self.current_progress = self.total_progress

@@ -213,15 +213,18 @@ def _run_daemon(found: Sequence[Option]) -> int:
     # What the start makes stays: looking for garbage in it is in vain.  `serve` switches it on again.
     gc.disable()
     # Imported here for the sake of --version: see the head of this file.
-    from qmpd.cli.daemonize import Daemonization, forbid_core_dumps
+    from qmpd.cli.daemonize import Daemonization, allow_locked_memory, forbid_core_dumps
     from qmpd.cli.systemd import Notifier, passed_sockets
 
+    # Here, because the arguments may hold a passphrase: in the process that waits for a daemon in the
+    # background as well as in the daemon.
+    forbid_core_dumps()
+    allow_locked_memory()
     settings = _settings(found)
     # The process that systemd started has to ask for its sockets, and a fork has to come before the import of
     # libraries that start threads.
     sockets = passed_sockets(os.environ)
     background = Daemonization.begin() if settings.daemonize else None
-    forbid_core_dumps()
 
     from qmpd.cli.serve import serve
 

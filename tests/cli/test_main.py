@@ -259,14 +259,6 @@ def test_a_start_that_waits_for_a_client_can_be_interrupted(tmp_path: Path) -> N
         process.wait()
 
 
-def test_keys_cannot_reach_a_core_file(daemon: RunningDaemon) -> None:
-    limits = Path(f"/proc/{daemon.process.pid}/limits").read_text().splitlines()
-    (soft,) = [line.split()[4] for line in limits if line.startswith("Max core file size")]
-    assert soft == "0"
-    # A process that is not dumpable belongs to root in /proc, whoever runs it.
-    assert os.stat(f"/proc/{daemon.process.pid}/mem").st_uid == 0
-
-
 def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*QMPD, "--help"],

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from qmpd.block.buffers import unset
 from qmpd.block.node import BlockStatus, Data
+from qmpd.errors import trace
 from qmpd.export import eager
 from qmpd.export.nbd import wire
 from qmpd.export.nbd.budget import LEAST, PIECE, Share
@@ -700,7 +701,7 @@ def _number_of(error: Exception, request: Request) -> int:
     """The error on the wire for what went wrong; what nobody expected is logged."""
     if isinstance(error, OSError):
         return wire.error_number(error)
-    _logger.error("an NBD request failed: %r", request[:5], exc_info=error)
+    _logger.error("an NBD request failed: %r\n%s", request[:5], trace(error))
     return wire.EIO
 
 
