@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any, Final, cast
 
-from qmpd.monitor.dispatch import Dispatcher, Reply, Unfinished
+from qmpd.monitor.dispatch import Dispatcher, Unfinished
 from qmpd.monitor.encode import encode, event
 from qmpd.monitor.session import Session
 
