@@ -21,7 +21,9 @@ def test_every_program_unlocks_every_header() -> None:
         timeout=280,
     )
     assert ended.returncode == 0, ended.stderr
-    rows = [line.split("|")[1:-1] for line in ended.stdout.splitlines() if line.startswith("| unlocking, sha")]
+    rows = [
+        line.split("|")[1:-1] for line in ended.stdout.splitlines() if line.startswith("| unlocking, sha")
+    ]
     assert len(rows) == 4
     for row in rows:
         daemon, qemu_io, cryptsetup, _, ours = row[1:6]

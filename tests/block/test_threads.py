@@ -124,14 +124,20 @@ async def test_steps_are_taken_one_after_the_other_and_their_result_comes_back()
 async def test_those_who_have_steps_take_turns() -> None:
     threads = Threads(1, "t")
     order: list[str] = []
+    queued = threading.Event()
 
     def steps(name: str) -> Steps[None]:
         for _ in range(3):
             yield
+            queued.wait(10)
             order.append(name)
 
-    await asyncio.gather(threads.run_steps(steps("a")), threads.run_steps(steps("b")))
-    assert order == ["a", "b"] * 3
+    tasks = [asyncio.create_task(threads.run_steps(steps(name))) for name in "ab"]
+    await asyncio.sleep(0.01)
+    queued.set()
+    await asyncio.gather(*tasks)
+    assert order[:2] == ["a", "b"]
+    assert sorted(order) == ["a"] * 3 + ["b"] * 3
     threads.close()
 
 
