@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import StartDaemon
-from daemons import CHECKOUT, PATIENCE, QMPD, Connection, RunningDaemon
+from daemons import CHECKOUT, PATIENCE, QMPD, Connection
 from preloaded import Preloaded
 
 from qmpd import __version__
