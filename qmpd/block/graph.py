@@ -567,6 +567,11 @@ class Graph:
         async with turn:
             yield
 
+    def is_somebodys_turn(self, what: Hashable) -> bool:
+        """Whether somebody is in an ``async with`` of :meth:`turn`."""
+        turn = self._turns.get(what)
+        return turn is not None and turn.locked()
+
     def swap_child(self, parent: Node, role: str, child: Node | None, change: Change) -> None:
         """Put `child` (or nothing) below `parent` in place of what is there in this role.
 

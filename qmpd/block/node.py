@@ -170,6 +170,12 @@ class Node(ABC):
         self.node_options = node_options
         self.read_only = node_options.read_only
 
+    def check_amend(self) -> None:
+        """See, before there is a job, that nobody stands in the way of :meth:`amend`.
+
+        :raise Error: if somebody does.
+        """
+
     async def amend(
         self,
         options: Mapping[str, Any],

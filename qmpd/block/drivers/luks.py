@@ -140,6 +140,10 @@ class LuksNode(KeyslotHolder):
         """A copy of what the cipher has."""
         return luks1.VolumeKey(self._active_cipher.cipher.copy_key())
 
+    def check_amend(self) -> None:
+        """See that nobody else has the header's node open."""
+        keyslots.check_exclusive(self)
+
     async def amend(
         self,
         options: Mapping[str, Any],
