@@ -171,10 +171,12 @@ class Node(ABC):
         self.read_only = node_options.read_only
 
     def check_amend(self) -> None:
-        """See, before there is a job, that nobody stands in the way of :meth:`amend`.
+        """See, before there is a job, that there is something to amend and nobody stands in the way.
 
-        :raise Error: if somebody does.
+        :raise Error: if it is not so.
         """
+        if not self.amendable:
+            raise Error("Driver does not support x-blockdev-amend")
 
     async def amend(
         self,
