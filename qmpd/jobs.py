@@ -304,7 +304,6 @@ class Jobs:
         type_: str,
         body: Body,
         *,
-        check: Callable[[], None] = lambda: None,
         auto_finalize: bool = True,
         auto_dismiss: bool = False,
         check: Callable[[], None] | None = None,
