@@ -186,6 +186,9 @@ async def put_back(
             raise Error("The LUKS header can be read: to change it back, name a backup")
         if not force:
             await _check_unforced(graph, source, backup, known, state, secret or holder.opened_with)
+        # Trying a passphrase takes time, and not everybody asks for locks.
+        if bytes(await holder.header_area.read(0, HEADER_SECTORS_BYTES)) != sectors:
+            raise Error("The LUKS header has been changed by somebody else meanwhile")
         materials = await _materials(source, backup, backup.active_slots)
         if present is None:
             header, plan = luks1_backup.rewrite_plan(known, backup, backup_sectors, materials)

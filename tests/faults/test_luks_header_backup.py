@@ -25,6 +25,7 @@ from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, activating, erase_p
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.crypto.plan import Plan, Write
 from qmpd.crypto.steps import run
+from qmpd.errors import Error
 
 PASSWORDS: Final = {"old": b"old", "new": b"new"}
 
@@ -124,7 +125,7 @@ class Trial:
 async def fails(trial: Trial, node: LuksNode) -> bool:
     try:
         await trial.restore(node)
-    except OSError:
+    except (OSError, Error):
         return True
     return False
 
@@ -168,6 +169,25 @@ async def test_a_storage_that_dies_leaves_a_way_in(tmp_path: Path, damaged: bool
         assert openers(trial.header.read_bytes()) == {"old"}
         steps += 1
     assert steps > 4
+    await trial.graph.close()
+
+
+async def test_a_header_that_changes_while_a_passphrase_is_tried_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, now = volumes()
+    trial = Trial(tmp_path, now, before)
+    node = await trial.open()
+    check = header_backup._check_unforced
+
+    async def slow_check(*arguments: Any) -> None:
+        await check(*arguments)
+        trial.header.write_bytes(before)
+
+    monkeypatch.setattr(header_backup, "_check_unforced", slow_check)
+    with pytest.raises(Error, match="has been changed by somebody else meanwhile"):
+        await trial.restore(node)
+    assert trial.header.read_bytes() == before
     await trial.graph.close()
 
 
@@ -243,7 +263,7 @@ async def test_a_header_that_changes_while_it_is_saved_is_saved_as_it_is_at_one_
         return found
 
     monkeypatch.setattr(header_backup, "_materials", changing)
-    with pytest.raises(header_backup.Error, match="is being changed by somebody else"):
+    with pytest.raises(Error, match="is being changed by somebody else"):
         await header_backup.save(node, str(tmp_path / "first"))
     assert not (tmp_path / "first").exists()
     await header_backup.save(node, str(tmp_path / "second"))
