@@ -14,14 +14,21 @@ class Error(Exception):
 
     :param desc: the text that the client is shown, without a final full stop
         unless QEMU's own wording has one.
+    :param hint: a line for people, which stands below the text at a terminal and never goes on the wire.
     """
 
     #: The QMP error class that goes on the wire.
     error_class = "GenericError"
 
-    def __init__(self, desc: str) -> None:
+    def __init__(self, desc: str, hint: str = "") -> None:
         super().__init__(desc)
         self.desc = desc
+        self.hint = hint
+
+    @property
+    def lines(self) -> list[str]:
+        """What people at a terminal are shown."""
+        return [self.desc, *self.hint.splitlines()]
 
 
 class CommandNotFound(Error):

@@ -75,7 +75,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     (
         "object-add.qom-type",
-        "authz-listfile authz-pam main-loop pr-manager-helper secret_keyring tls-cipher-suites",
+        "authz-listfile authz-pam main-loop pr-manager-helper tls-cipher-suites",
         LATER,
     ),
     ("block-export-add.type", "fuse vduse-blk vhost-user-blk", LATER),
@@ -104,6 +104,11 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
 
 #: (place, members or values that only qmpd has there, why).
 ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
+    (
+        "x-blockdev-amend.options<qcow2>",
+        "backing-file backing-fmt data-file data-file-raw lazy-refcounts refcount-bits size version",
+        "is what qemu-img can amend, and QEMU's daemons can't",
+    ),
     ("blockdev-add.driver", "gluks", "is the driver's name in early proposals, and deprecated"),
     ("blockdev-add<luks>", "header-file", "is the member's name in early proposals, and deprecated"),
     ("query-jobs ->[].type", "__org.qmpd_luks-header-backup __org.qmpd_luks-header-restore", OURS),
