@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from qmpd.block.backend import Backend
@@ -35,7 +36,17 @@ async def amend(
 
     Parameters and errors are those of :meth:`qmpd.block.node.Node.amend`.
     """
+    with kept(node):
+        await node.amend(options, force=force, progress=progress, commit=commit)
+
+
+@contextmanager
+def kept(node: Node) -> Iterator[None]:
+    """For the time of a ``with`` a node can't be deleted.
+
+    :raise Error: if it has been.
+    """
     if node.closing:
         raise Error(f"Node '{node.name}' has been deleted")
     with Backend(node.graph, perm=Permission.nothing()).use(node):
-        await node.amend(options, force=force, progress=progress, commit=commit)
+        yield

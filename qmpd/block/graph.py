@@ -26,6 +26,7 @@ from qmpd.block import backing
 from qmpd.block.backend import Backend
 from qmpd.block.change import Change
 from qmpd.block.cipher_pool import CipherPool
+from qmpd.block.derivation_speed import DerivationSpeed
 from qmpd.block.edge import Edge, Parent
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
@@ -123,6 +124,7 @@ class Graph:
         self._changing = asyncio.Lock()
         #: Gone as soon as nobody has them or waits for them.
         self._turns: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
+        self.derivation_speed = DerivationSpeed()
         self._departing: set[asyncio.Task[None]] = set()
         self._io_threads = Threads(IO_THREADS, "qmpd-io")
         self._key_threads = Threads(KEY_THREADS, "qmpd-key")

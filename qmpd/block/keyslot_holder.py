@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final
 
 from qmpd.block.node import Node
 from qmpd.block.permissions import Permission
+from qmpd.errors import Error
 
 if TYPE_CHECKING:
-    from qmpd.block.luks_header import HeaderArea
+    from qmpd.block.luks_header import HeaderArea, OpenedSlot
     from qmpd.crypto import luks1
 
 #: What a change of keyslots keeps others from.
@@ -74,6 +75,11 @@ class KeyslotHolder(Node):
     def opened_with(self) -> str:
         """The id of the secret whose passphrase opened it."""
 
+    @property
+    @abstractmethod
+    def opened_slot(self) -> OpenedSlot:
+        """The keyslot that it was opened by."""
+
     @abstractmethod
     def copy_volume_key(self) -> luks1.VolumeKey:
         """A copy of the volume key, for the caller to wipe."""
@@ -83,3 +89,26 @@ class KeyslotHolder(Node):
         """Equal for two holders of the same header."""
         area = self.header_area
         return area.node.identity, area.offset
+
+
+def keyslot_holder(node: Node) -> KeyslotHolder:
+    """The node, if it has a LUKS header.
+
+    :raise Error: if it has none.
+    """
+    if not isinstance(node, KeyslotHolder) or node.luks_header is None:
+        raise Error(f"Node '{node.name}' has no LUKS header")
+    return node
+
+
+def holders_beside(holder: KeyslotHolder) -> list[KeyslotHolder]:
+    """The other nodes with the same header."""
+    identity = holder.header_identity
+    return [
+        node
+        for node in holder.graph.nodes()
+        if isinstance(node, KeyslotHolder)
+        and node is not holder
+        and node.luks_header is not None
+        and node.header_identity == identity
+    ]

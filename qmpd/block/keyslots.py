@@ -30,7 +30,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.block import luks_header
-from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder
+from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder, holders_beside
 from qmpd.block.luks_header import HeaderArea
 from qmpd.crypto import kdf, luks1, luks1_keyslots
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
@@ -56,7 +56,7 @@ async def amend(
     :raise OSError: what the storage says; then all is as before, if the storage let us put it back.
     """
     async with exclusive(holder) as access:
-        header, sectors = await _read_again(holder)
+        header, sectors = await read_again(holder)
         plan_change = _activation if options["state"] == "active" else _erasure
         header, plan = await plan_change(holder, header, sectors, options, force)
         commit()
@@ -139,15 +139,8 @@ def check_access(holder: KeyslotHolder) -> None:
 @contextmanager
 def _sole_access(holder: KeyslotHolder) -> Iterator[Access]:
     graph = holder.graph
-    identity = holder.header_identity
-    others = [
-        node
-        for node in graph.nodes()
-        if isinstance(node, KeyslotHolder)
-        and node is not holder
-        and node.header_role == "header"
-        and node.header_identity == identity
-    ]
+    # Whoever has the header in front of the payload keeps its permissions, and so keeps us out.
+    others = [node for node in holders_beside(holder) if node.header_role == "header"]
     # Those on the same node change their permissions in one step with us, so nobody slips in between.
     # Those on another node of the same file have locks of their own there, which have to go first.
     source = holder.header_area.node
@@ -177,7 +170,7 @@ def _set_access(graph: Graph, holders: list[KeyslotHolder], access: HeaderAccess
     graph.settle(*holders)
 
 
-async def _read_again(holder: KeyslotHolder) -> tuple[luks1.Header, bytes]:
+async def read_again(holder: KeyslotHolder) -> tuple[luks1.Header, bytes]:
     """The header as it is now, and the sectors on which it is.
 
     :raise Error: if it can't be read, or is that of another volume.
@@ -316,7 +309,8 @@ async def _volume_key(
             pass
     try:
         with graph.secrets(holder.opened_with if secret is None else secret) as password:
-            return await luks_header.find_key(graph, holder.header_area, header, password)
+            _, key = await luks_header.find_key(graph, holder.header_area, header, password)
+            return key
     except Error:
         if not force:
             raise

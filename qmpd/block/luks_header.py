@@ -11,7 +11,7 @@ Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in `qmpd.c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.crypto import luks1
@@ -35,6 +35,25 @@ _MAX_OFFSET: Final = (1 << 63) - (1 << 30)
 
 class OutsideArea(Error):
     """Something in the header points out of the area that the header has."""
+
+
+@dataclass(frozen=True)
+class OpenedSlot:
+    """The keyslot that a passphrase has opened.
+
+    :param number: of the slot.
+    :param salt: of its key derivation: a slot that gets another key gets another salt.
+    """
+
+    number: int
+    salt: bytes = field(repr=False)
+
+    def find(self, header: luks1.Header) -> int | None:
+        """The slot in which that key is now, or None if it has gone."""
+        numbers = (self.number, *range(luks1.SLOTS))
+        return next(
+            (n for n in numbers if header.slots[n].active and header.slots[n].salt == self.salt), None
+        )
 
 
 @dataclass(frozen=True)
@@ -94,25 +113,27 @@ async def unlock(
     *,
     detached: bool = False,
     prefix: str = "",
-) -> tuple[luks1.Header, SectorCipher]:
+) -> tuple[luks1.Header, SectorCipher, OpenedSlot]:
     """Read a header and unlock it.
 
     :param options: their "key-secret" is the id of the passphrase's secret.
     :param detached: the payload is on another node than the header.
     :param prefix: what the option's name begins with in messages.
-    :returns: the header, and the cipher of its volume key, for the caller to close.
+    :returns: the header; the cipher of its volume key, for the caller to close; and the slot that opened.
     :raise Error: in QEMU's words.
     """
     with password_for(graph, options, prefix) as password:
         header = luks1.Header.parse(await area.read(0, luks1.HEADER_BYTES), detached=detached)
-        with await find_key(graph, area, header, password) as key:
-            return header, SectorCipher(header.spec, key.data, memory=graph.key_memory)
+        slot, key = await find_key(graph, area, header, password)
+        with key:
+            opened = OpenedSlot(slot, header.slots[slot].salt)
+            return header, SectorCipher(header.spec, key.data, memory=graph.key_memory), opened
 
 
 async def find_key(
     graph: Graph, area: HeaderArea, header: luks1.Header, password: KeyBuffer
-) -> luks1.VolumeKey:
-    """The volume key, from the first keyslot that `password` opens.
+) -> tuple[int, luks1.VolumeKey]:
+    """The first keyslot that `password` opens, and the volume key out of it.
 
     :raise Error: in QEMU's words, if it opens none.
     """
@@ -154,8 +175,8 @@ def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> 
 
 def _unlocking(
     header: luks1.Header, password: KeyBuffer, materials: list[tuple[int, bytearray]], refusal: Error
-) -> Steps[luks1.VolumeKey]:
-    """The volume key, from the first keyslot that `password` opens.
+) -> Steps[tuple[int, luks1.VolumeKey]]:
+    """The first keyslot that `password` opens, and the volume key.
 
     :param materials: the number and the key material of each active keyslot.
     :param refusal: what to say if it opens none.
@@ -169,7 +190,7 @@ def _unlocking(
             refusal = error
             continue
         if key is not None:
-            return luks1.VolumeKey(key)
+            return slot, luks1.VolumeKey(key)
     raise refusal
 
 

@@ -70,6 +70,7 @@ from qmpd.errors import Error
 
 __all__ = [
     "HEADER_BYTES",
+    "HEAD_BYTES",
     "INVALID_PASSWORD",
     "SALT_BYTES",
     "SECTOR",
@@ -78,6 +79,7 @@ __all__ = [
     "Header",
     "Keyslot",
     "VolumeKey",
+    "checking_digest",
     "format_plan",
     "formatting",
     "iterations_for",
@@ -113,6 +115,10 @@ _ALIGNMENT: Final = 4096 // SECTOR
 _HEADER: Final = struct.Struct(">6sH32s32s32sII20s32sI40s")
 #: active, iterations, salt, key-material-offset, stripes (specification, figure 2)
 _SLOT: Final = struct.Struct(">II32sII")
+
+
+#: What stands before the slots' descriptions, in bytes.
+HEAD_BYTES: Final = _HEADER.size
 
 
 def slot_extent(number: int) -> tuple[int, int]:
@@ -413,6 +419,15 @@ def unlocking(
         return key
     key.wipe()
     return None
+
+
+def checking_digest(header: Header, key: Buffer) -> Steps[bool]:
+    """Whether `key` is the volume key of this header (specification, figure 5)."""
+    yield
+    digest = kdf.pbkdf2(
+        header.hash_name, key, header.digest_salt, header.digest_iterations, len(header.digest)
+    )
+    return hmac.compare_digest(digest, header.digest)
 
 
 @contextmanager

@@ -74,14 +74,14 @@ def activating(
     :param random: gives as many random bytes as it is asked for.
     :returns: the header as it will be, and what to write.
     """
-    image = _Image(header, sectors)
+    image = Image(header, sectors)
     plan: Plan = []
     for slot in slots:
         salt = random(SALT_BYTES)
         described = replace(header.slots[slot], active=True, iterations=iterations, salt=salt)
         material = yield from sealing(header.with_slot(slot, described), slot, key, password, random)
         in_use = header.slots[slot].active
-        spare = _free_slot(image.header) if in_use and slot == slots[0] else None
+        spare = free_slot(image.header) if in_use and slot == slots[0] else None
         if spare is not None:
             # The same salt, iterations and key material are the same key in any slot.
             plan += image.put(spare, iterations, salt, material)
@@ -97,19 +97,19 @@ def erase_plan(
     header: Header, sectors: Buffer, slots: Sequence[int], random: Random = os.urandom
 ) -> tuple[Header, Plan]:
     """Take the keys out of slots; parameters and result as of :func:`activating`."""
-    image = _Image(header, sectors)
+    image = Image(header, sectors)
     plan: Plan = []
     for slot in slots:
         plan += image.erase(slot, random)
     return image.header, plan
 
 
-def _free_slot(header: Header) -> int | None:
+def free_slot(header: Header) -> int | None:
     """The last slot that is not in use, if there is one."""
     return next((number for number in reversed(range(SLOTS)) if not header.slots[number].active), None)
 
 
-class _Image:
+class Image:
     """The header's sectors as they become in the course of a plan."""
 
     def __init__(self, header: Header, sectors: Buffer) -> None:
@@ -124,6 +124,17 @@ class _Image:
         if offset // SECTOR != (offset + length - 1) // SECTOR:
             plan += self._describe(slot, described)
         return plan + self._describe(slot, replace(described, active=True))
+
+    def copy(self, slot: int, described: Keyslot, material: bytes) -> Plan:
+        """Put a key that was made for some slot into one that is not in use: it is the same key there."""
+        return self.put(slot, described.iterations, described.salt, material)
+
+    def set_head(self, head: bytes) -> Plan:
+        """Replace what stands before the slots' descriptions."""
+        before = bytes(self._sectors)
+        self._sectors[: len(head)] = head
+        self.header = replace(Header.parse(self._sectors, detached=True), slots=self.header.slots)
+        return [*self._changed(before), Barrier()]
 
     def clear(self, slot: int) -> Plan:
         """Make a slot inactive, and forget its salt."""

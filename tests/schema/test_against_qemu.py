@@ -33,6 +33,7 @@ CHAINS: Final = "is about compression and bitmaps, which no driver of ours has"
 THROTTLING: Final = "belongs to the throttle driver, which is not there yet"
 PRIMITIVES: Final = "is not offered by the cryptography library, or is no mode for a disk"
 ORNAMENT: Final = "would have no effect"
+OURS: Final = "is an extension, and named as one"
 
 _RATES: Final = (
     "bps_max bps_rd_max bps_wr_max iops_max iops_rd_max iops_wr_max bps_max_length bps_rd_max_length "
@@ -110,6 +111,7 @@ ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     ("blockdev-add.driver", "gluks", "is the driver's name in early proposals, and deprecated"),
     ("blockdev-add<luks>", "header-file", "is the member's name in early proposals, and deprecated"),
+    ("query-jobs ->[].type", "__org.qmpd_luks-header-backup __org.qmpd_luks-header-restore", OURS),
     ("query-block ->[]", "nbd-uri", "tells where a device is served, which QEMU never does"),
 )
 
@@ -135,6 +137,9 @@ OF_THE_MACHINE: Final = frozenset(
 #: Commands that only qmpd has, and why.
 COMMANDS_OF_QMPD: Final[Mapping[str, str]] = {
     "blockdev-amend": "is x-blockdev-amend, which QEMU calls unstable",
+    "__org.qmpd_query-luks-keyslots": OURS,
+    "__org.qmpd_luks-header-backup": OURS,
+    "__org.qmpd_luks-header-restore": OURS,
 }
 
 

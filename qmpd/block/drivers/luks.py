@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpd.block import creation, keyslots, luks_header
 from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder
-from qmpd.block.luks_header import HeaderArea
+from qmpd.block.luks_header import HeaderArea, OpenedSlot
 from qmpd.block.node import SECTOR, Data, Extent
 from qmpd.block.permissions import Permission
 from qmpd.block.tiled_cipher import LONG, TILE, TiledCipher
@@ -40,12 +40,13 @@ class LuksNode(KeyslotHolder):
 
     _header: luks1.Header | None = None
     _cipher: TiledCipher | None = None
+    _opened_slot: OpenedSlot | None = None
     _payload_offset = 0
 
     async def open(self) -> None:
         """Read the header, unlock a keyslot, see that the payload is there."""
         await self._open_header()
-        header, cipher = await luks_header.unlock(
+        header, cipher, self._opened_slot = await luks_header.unlock(
             self.graph, self.header_area, self.options, detached="header" in self.children
         )
         self._header = header
@@ -135,6 +136,12 @@ class LuksNode(KeyslotHolder):
         """The option `key-secret`."""
         secret: str = self.options["key-secret"]
         return secret
+
+    @property
+    def opened_slot(self) -> OpenedSlot:
+        """The slot that the passphrase opened."""
+        assert self._opened_slot is not None, "an open disk was opened"
+        return self._opened_slot
 
     def copy_volume_key(self) -> luks1.VolumeKey:
         """A copy of what the cipher has."""

@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from qmpd.block.drivers.qcow2.encryption import DataCipher
     from qmpd.block.drivers.qcow2.snapshots import Snapshot
     from qmpd.block.graph import Graph
-    from qmpd.block.luks_header import HeaderArea
+    from qmpd.block.luks_header import HeaderArea, OpenedSlot
     from qmpd.crypto import luks1
 
 #: Decompressed clusters that are kept for the next small read.
@@ -362,6 +362,11 @@ class Qcow2Node(KeyslotHolder):
         """The option `encrypt.key-secret`."""
         secret: str = self.options["encrypt"]["key-secret"]
         return secret
+
+    @property
+    def opened_slot(self) -> OpenedSlot:
+        """The slot that the passphrase opened."""
+        return self._encrypted_data.opened_slot
 
     def copy_volume_key(self) -> luks1.VolumeKey:
         """A copy of what the cipher has."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.block import keyslots, luks_header
 from qmpd.block.drivers.qcow2.layout import CryptoHeader
-from qmpd.block.luks_header import HeaderArea
+from qmpd.block.luks_header import HeaderArea, OpenedSlot
 from qmpd.block.node import SECTOR, Data, Node
 from qmpd.block.tiled_cipher import TiledCipher
 from qmpd.crypto import luks1
@@ -66,14 +66,20 @@ class DataCipher:
     :param cipher: what encrypts; taken over.
     :param header: the LUKS header, or None for the AES method.
     :param extent: where in the image the LUKS header is.
+    :param opened: the LUKS header's keyslot that opened.
     """
 
     def __init__(
-        self, cipher: TiledCipher, header: luks1.Header | None = None, extent: Crypto | None = None
+        self,
+        cipher: TiledCipher,
+        header: luks1.Header | None = None,
+        extent: Crypto | None = None,
+        opened: OpenedSlot | None = None,
     ) -> None:
         self._tiled = cipher
         self._header = header
         self._extent = extent
+        self._opened = opened
 
     @classmethod
     async def open_luks(
@@ -86,8 +92,8 @@ class DataCipher:
         :param options: BlockdevQcow2Encryption.
         :raise Error: in QEMU's words.
         """
-        header, cipher = await luks_header.unlock(graph, _area(file, extent), options, prefix=PREFIX)
-        return cls(TiledCipher(cipher, graph.cipher_pool), header, extent)
+        header, cipher, opened = await luks_header.unlock(graph, _area(file, extent), options, prefix=PREFIX)
+        return cls(TiledCipher(cipher, graph.cipher_pool), header, extent, opened)
 
     @classmethod
     def open_aes(cls, graph: Graph, options: Mapping[str, Any]) -> DataCipher:
@@ -114,6 +120,12 @@ class DataCipher:
     @luks_header.setter
     def luks_header(self, header: luks1.Header) -> None:
         self._header = header
+
+    @property
+    def opened_slot(self) -> OpenedSlot:
+        """The LUKS header's keyslot that the passphrase opened."""
+        assert self._opened is not None, "only LUKS has keyslots"
+        return self._opened
 
     def header_area(self, file: Node) -> HeaderArea:
         """Where the LUKS header is on the node with the image."""
