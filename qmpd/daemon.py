@@ -17,6 +17,7 @@ from qmpd.block.graph import Graph
 from qmpd.block.node import Node
 from qmpd.commands import block_export, table
 from qmpd.commands.parts import Parts
+from qmpd.crypto.memory import KeyMemory
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
@@ -60,10 +61,12 @@ class Daemon:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEEPEST_CALLS))
         self.schema = load(schema_directory())
         self._events = EventThrottle(self._tell)
-        self._objects = ObjectTree(self.schema)
+        key_memory = KeyMemory()
+        self._objects = ObjectTree(self.schema, key_memory)
         self._graph = Graph(
             DRIVERS,
             secrets=self._objects.secret_bytes,
+            key_memory=key_memory,
             cipher_pool=CipherPool(cipher_processes) if cipher_processes else None,
             validate=self._validated_blockdev_options,
             corrupted=self._image_corrupted,
@@ -87,7 +90,7 @@ class Daemon:
             quit=self._quit_in_order,
             stdout=stdout or sys.stdout,
         )
-        self._dispatcher = Dispatcher(self.schema, table.handlers(self._parts))
+        self._dispatcher = Dispatcher(self.schema, table.handlers(self._parts), table.GIVEN_UP)
         self._monitors: list[Monitor] = []
         self._ending = asyncio.Event()
 
@@ -175,12 +178,14 @@ class Daemon:
         """The command `quit`: whoever sent it hears of the end of jobs and exports before the reply."""
         for monitor in self._monitors:
             monitor.stop()
+        self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()
         self.quit()
 
     async def close(self) -> None:
         """Take everything down, top first: clients get their last replies and events."""
+        self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()
         self._devices.close()

@@ -16,6 +16,7 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.block.node import BlockStatus, Data, Node
 from qmpd.block.permissions import Permission
+from qmpd.crypto.memory import KeyMemory
 from qmpd.errors import Error
 
 HEADER: Final = 4096
@@ -96,4 +97,4 @@ WITH_COW: Final[Mapping[str, Any]] = {**DRIVERS, "cow": CowNode}
 
 def graph_with_cow() -> Graph:
     """A graph that has this driver besides qmpd's own."""
-    return Graph(WITH_COW, secrets=lambda secret_id: bytearray(b"pw"))
+    return Graph(WITH_COW, secrets=lambda secret_id: KeyMemory().copy_of(b"pw"))

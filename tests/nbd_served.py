@@ -11,6 +11,7 @@ from nbd_wire import Wire
 
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.errors import Error
 from qmpd.export.exports import Exports
 
@@ -19,10 +20,10 @@ T = TypeVar("T")
 SIZE = 1 << 20
 
 
-def resolve(secret_id: str) -> bytearray:
+def resolve(secret_id: str) -> KeyBuffer:
     if secret_id != "pw":
         raise Error(f"No secret with id '{secret_id}'")
-    return bytearray(b"pw")
+    return KeyMemory().copy_of(b"pw")
 
 
 class Served:

@@ -20,21 +20,19 @@ REQUEST: Final = struct.Struct("=BIIQI")
 #: The slot that is done; NO_SLOT when the process is ready to begin.
 REPLY: Final = struct.Struct("=I")
 NO_SLOT: Final = 0xFFFFFFFF
+#: Bytes of a cipher's description.
+DESCRIPTION: Final = 64
 
 ENCRYPT: Final = 0
 DECRYPT: Final = 1
-#: Followed by what `pack_cipher` returns.
+#: Followed by what `describe_cipher` returns, and the key.
 ADD: Final = 2
 FORGET: Final = 3
 
 
-def pack_cipher(cipher: SectorCipher) -> bytearray:
-    """A cipher with its key, for the caller to wipe."""
+def describe_cipher(cipher: SectorCipher) -> bytes:
+    """What goes between a request to add a cipher, and its key."""
     spec = cipher.spec
     names = (spec.algorithm, spec.mode, spec.ivgen, spec.ivgen_hash or "")
     numbers = (str(cipher.sector_size), str(cipher.iv_unit))
-    packed = bytearray(" ".join((*names, *numbers)).encode() + b"\n")
-    key = cipher.copy_key()
-    packed += key
-    key[:] = bytes(len(key))
-    return packed
+    return " ".join((*names, *numbers)).encode().ljust(DESCRIPTION)

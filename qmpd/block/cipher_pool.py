@@ -41,7 +41,7 @@ from qmpd.block.cipher_messages import (
     REPLY,
     REQUEST,
     SLOT,
-    pack_cipher,
+    describe_cipher,
 )
 
 if TYPE_CHECKING:
@@ -150,11 +150,9 @@ class CipherPool:
         try:
             if number not in process.ciphers:
                 process.ciphers.add(number)
-                packed = pack_cipher(cipher)
-                try:
-                    process.connection.send(REQUEST.pack(ADD, number, 0, 0, 0) + packed)
-                finally:
-                    packed[:] = bytes(len(packed))
+                added = REQUEST.pack(ADD, number, 0, 0, 0)
+                with cipher.copy_key() as key:
+                    process.connection.sendmsg([added, describe_cipher(cipher), key.data])
             process.connection.send(REQUEST.pack(kind, number, slot, first_sector, len(data)))
         except OSError as error:
             self._lose(process, error)

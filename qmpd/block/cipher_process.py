@@ -15,20 +15,22 @@ import socket
 import sys
 from typing import Final
 
-from qmpd.block.cipher_messages import ADD, ENCRYPT, FORGET, NO_SLOT, REPLY, REQUEST, SLOT
+from qmpd.block.cipher_messages import ADD, DESCRIPTION, ENCRYPT, FORGET, NO_SLOT, REPLY, REQUEST, SLOT
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.memory import KeyMemory
 from qmpd.crypto.sectors import SectorCipher
 
-_LONGEST: Final = 4096
+#: Bytes that no message exceeds.
+_LONGEST: Final = 512
 _PR_SET_DUMPABLE: Final = 4
 
 
-def unpack_cipher(packed: memoryview) -> SectorCipher:
-    """The cipher that `pack_cipher` was given."""
-    end = bytes(packed).index(b"\n")
-    algorithm, mode, ivgen, ivgen_hash, sector_size, iv_unit = bytes(packed[:end]).decode().split(" ")
+def new_cipher(description: memoryview, key: memoryview, memory: KeyMemory) -> SectorCipher:
+    """The cipher that `describe_cipher` was given."""
+    words = bytes(description).decode().rstrip(" ").split(" ")
+    algorithm, mode, ivgen, ivgen_hash, sector_size, iv_unit = words
     spec = CipherSpec(algorithm, mode, ivgen, ivgen_hash or None)
-    return SectorCipher(spec, packed[end + 1 :], int(sector_size), iv_unit=int(iv_unit))
+    return SectorCipher(spec, key, int(sector_size), iv_unit=int(iv_unit), memory=memory)
 
 
 def main(arguments: list[str]) -> None:
@@ -54,13 +56,16 @@ def serve(daemon: socket.socket, memory: memoryview) -> None:
     :raise OSError: if the daemon is gone.
     """
     ciphers: dict[int, SectorCipher] = {}
-    message = memoryview(bytearray(_LONGEST))
+    keys = KeyMemory()
+    received = keys.take(_LONGEST)
+    message = received.data
     daemon.send(REPLY.pack(NO_SLOT))
     while size := daemon.recv_into(message):
         kind, cipher, slot, sector, length = REQUEST.unpack_from(message)
         if kind == ADD:
-            ciphers[cipher] = unpack_cipher(message[REQUEST.size : size])
-            message[:size] = bytes(size)
+            key = REQUEST.size + DESCRIPTION
+            ciphers[cipher] = new_cipher(message[REQUEST.size : key], message[key:size], keys)
+            received.wipe()
         elif kind == FORGET:
             ciphers.pop(cipher).close()
         else:

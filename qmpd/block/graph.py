@@ -31,6 +31,8 @@ from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission, names, on_backing
 from qmpd.block.threads import Threads
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 T = TypeVar("T")
@@ -89,6 +91,7 @@ class Graph:
     :param drivers: the driver classes by their QAPI names.
     :param secrets: gives a copy of the passphrase of a secret's id at the moment of
         use, for the user to wipe; raises Error if there is none.
+    :param key_memory: where the volume keys are; by default in pages of its own.
     :param cipher_pool: other processes that cipher long requests; by default this one does it all.
     :param validate: checks BlockdevOptions that stand in an image's header, and returns them with
         numbers where there were strings for numbers; raises Error.
@@ -99,7 +102,8 @@ class Graph:
         self,
         drivers: Mapping[str, type[Node]],
         *,
-        secrets: Callable[[str], bytearray],
+        secrets: Callable[[str], KeyBuffer],
+        key_memory: KeyMemory | None = None,
         cipher_pool: CipherPool | None = None,
         validate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
         corrupted: Corrupted | None = None,
@@ -109,6 +113,7 @@ class Graph:
         self._validate = validate
         self._known_drivers: dict[str, type[Node]] = {}
         self.secrets = secrets
+        self.key_memory = key_memory or KeyMemory()
         self.cipher_pool = cipher_pool
         #: Every node by its name, the ones under construction included, oldest first.
         self._nodes: dict[str, Node] = {}
@@ -655,9 +660,17 @@ class Graph:
         """
         return await self._io_threads.run_to_the_end(function, *arguments)
 
-    async def in_key_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a key derivation or another long computation in a thread."""
-        return await self._key_threads.run(function, *arguments)
+    async def in_key_thread(self, steps: Steps[T]) -> T:
+        """Take the steps of a key derivation or another long computation in threads.
+
+        All computations take turns.  If the task is cancelled, the step that was begun is the last one,
+        and it has ended when this returns: what the steps use may be wiped then.
+        """
+        return await self._key_threads.run_steps(steps)
+
+    def give_up_keys(self) -> None:
+        """From now on whoever is cancelled does not wait for a step: the process is about to end."""
+        self._key_threads.abandon()
 
 
 def _on_child(

@@ -272,17 +272,14 @@ async def _activation(
         raise Error("'new-secret' is required to activate a keyslot")
     slots = await _slots_to_activate(holder, header, options, force)
     iter_time = options.get("iter-time", luks_header.DEFAULT_ITER_TIME)
-    with await _volume_key(holder, header, options.get("secret", holder.opened_with), force) as key:
-        password = graph.secrets(options["new-secret"])
-        try:
-            iterations = await graph.in_key_thread(
-                kdf.calibrate, header.hash_name, iter_time, header.key_bytes
-            )
-            return await graph.in_key_thread(
-                luks1_keyslots.activate_plan, header, sectors, slots, key.data, password, iterations
-            )
-        finally:
-            password[:] = bytes(len(password))
+    with (
+        await _volume_key(holder, header, options.get("secret", holder.opened_with), force) as key,
+        graph.secrets(options["new-secret"]) as password,
+    ):
+        iterations = await graph.in_key_thread(kdf.calibrating(header.hash_name, iter_time, header.key_bytes))
+        return await graph.in_key_thread(
+            luks1_keyslots.activating(header, sectors, slots, key.data, password.data, iterations)
+        )
 
 
 async def _slots_to_activate(
@@ -357,8 +354,7 @@ async def _slots_opened(
     :raise Error: if there is none.
     """
     graph = holder.graph
-    password = graph.secrets(secret)
-    try:
+    with graph.secrets(secret) as password:
         if slot is not None:
             if not await luks_header.opens(graph, holder.header_area, header, _checked(slot), password):
                 raise Error(
@@ -373,8 +369,6 @@ async def _slots_opened(
         if not slots:
             raise Error("No keyslots match given (old) password for erase operation")
         return slots
-    finally:
-        password[:] = bytes(len(password))
 
 
 async def _volume_key(
@@ -383,11 +377,8 @@ async def _volume_key(
     """The volume key: whoever adds a key has to know one, as in QEMU; with `force` it need not be so."""
     graph = holder.graph
     try:
-        password = graph.secrets(secret)
-        try:
+        with graph.secrets(secret) as password:
             return await luks_header.find_key(graph, holder.header_area, header, password)
-        finally:
-            password[:] = bytes(len(password))
     except Error:
         if not force:
             raise

@@ -2,7 +2,8 @@
 
 It may be at a disk's beginning, on a disk of its own, or somewhere inside an image of another format; a
 :class:`HeaderArea` says where.  The passphrase is asked for at the moment of use and wiped at once, and
-keys are derived in a thread, so that the event loop never waits for one.
+keys are derived in threads, so that the event loop never waits for one, in steps, so that whoever is
+cancelled stops at the next one.
 
 Source: LUKS On-Disk Format Specification 1.2.3 (the format itself is in `qmpd.crypto.luks1`).
 """
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Plan
 from qmpd.crypto.sectors import SectorCipher
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
@@ -100,17 +103,14 @@ async def unlock(
     :returns: the header, and the cipher of its volume key, for the caller to close.
     :raise Error: in QEMU's words.
     """
-    password = password_for(graph, options, prefix)
-    try:
+    with password_for(graph, options, prefix) as password:
         header = luks1.Header.parse(await area.read(0, luks1.HEADER_BYTES), detached=detached)
         with await find_key(graph, area, header, password) as key:
-            return header, SectorCipher(header.spec, key.data)
-    finally:
-        password[:] = bytes(len(password))
+            return header, SectorCipher(header.spec, key.data, memory=graph.key_memory)
 
 
 async def find_key(
-    graph: Graph, area: HeaderArea, header: luks1.Header, password: bytearray
+    graph: Graph, area: HeaderArea, header: luks1.Header, password: KeyBuffer
 ) -> luks1.VolumeKey:
     """The volume key, from the first keyslot that `password` opens.
 
@@ -125,10 +125,10 @@ async def find_key(
             # It counts only if none of the slots before opens.
             refusal = error
             break
-    return await graph.in_key_thread(_unlock, header, password, materials, refusal)
+    return await graph.in_key_thread(_unlocking(header, password, materials, refusal))
 
 
-async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int, password: bytearray) -> bool:
+async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int, password: KeyBuffer) -> bool:
     """Whether `password` opens this keyslot.
 
     :raise Error: if that can't be found out.
@@ -136,13 +136,13 @@ async def opens(graph: Graph, area: HeaderArea, header: luks1.Header, slot: int,
     if not header.slots[slot].active:
         return False
     material = await area.read(*header.material_extent(slot))
-    key = await graph.in_key_thread(luks1.unlock_slot, header, slot, password, material)
+    key = await graph.in_key_thread(luks1.unlocking(header, slot, password.data, material))
     if key is not None:
-        key[:] = bytes(len(key))
+        key.wipe()
     return key is not None
 
 
-def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> bytearray:
+def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> KeyBuffer:
     """The passphrase that `options` name, for the caller to wipe.
 
     :raise Error: if they name none, or there is no such secret.
@@ -152,10 +152,10 @@ def password_for(graph: Graph, options: Mapping[str, Any], prefix: str = "") -> 
     return graph.secrets(options["key-secret"])
 
 
-def _unlock(
-    header: luks1.Header, password: bytearray, materials: list[tuple[int, bytearray]], refusal: Error
-) -> luks1.VolumeKey:
-    """The volume key, from the first keyslot that `password` opens.  Takes long: run it in a thread.
+def _unlocking(
+    header: luks1.Header, password: KeyBuffer, materials: list[tuple[int, bytearray]], refusal: Error
+) -> Steps[luks1.VolumeKey]:
+    """The volume key, from the first keyslot that `password` opens.
 
     :param materials: the number and the key material of each active keyslot.
     :param refusal: what to say if it opens none.
@@ -164,7 +164,7 @@ def _unlock(
     """
     for slot, material in materials:
         try:
-            key = luks1.unlock_slot(header, slot, password, material)
+            key = yield from luks1.unlocking(header, slot, password.data, material)
         except Error as error:
             refusal = error
             continue
@@ -203,17 +203,16 @@ async def make(
     hash_name = options.get("hash-alg", "sha256")
     iter_time = options.get("iter-time", DEFAULT_ITER_TIME)
 
-    def derive() -> tuple[luks1.Header, Plan]:
-        iterations = luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
-        header, key, plan = luks1.format_plan(spec, hash_name, password, *iterations, detached=detached)
+    def making(password: KeyBuffer) -> Steps[tuple[luks1.Header, Plan]]:
+        iterations = yield from luks1.iterations_for(hash_name, spec.key_bytes, iter_time)
+        header, key, plan = yield from luks1.formatting(
+            spec, hash_name, password.data, *iterations, detached=detached
+        )
         key.wipe()
         return header, plan
 
-    password = graph.secrets(options["key-secret"])
-    try:
-        return await graph.in_key_thread(derive)
-    finally:
-        password[:] = bytes(len(password))
+    with graph.secrets(options["key-secret"]) as password:
+        return await graph.in_key_thread(making(password))
 
 
 def header_info(header: luks1.Header, *, detached: bool) -> dict[str, Any]:

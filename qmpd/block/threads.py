@@ -4,6 +4,9 @@ The standard library's executor costs some 30 µs of both sides for each
 function, which is more than a small write takes.  Here a function goes to the
 threads by a queue that is one object of C, and its result comes back by one
 call of the loop's: a third of that.
+
+A thread can't be interrupted.  What takes long is therefore cut into steps (`qmpd.crypto.steps`), each
+of which goes to a thread by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+from qmpd.crypto.steps import Steps
 
 T = TypeVar("T")
 
@@ -74,6 +79,9 @@ class Threads:
         self._name = name
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        #: What was cancelled, but had been begun.
+        self._awaited: set[_Work] = set()
+        self._abandoned = False
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """What `function` returns or raises.
@@ -99,8 +107,43 @@ class Threads:
             return result
         except asyncio.CancelledError:
             if not work.claim():
-                await _end_of(work)
+                await self._end_of(work)
             raise
+
+    async def run_steps(self, steps: Steps[T]) -> T:
+        """What `steps` return or raise; the threads take turns at the steps of all who have some.
+
+        Whoever is cancelled goes on when the step that was begun has ended, and what the steps keep is
+        then wiped: their generator is closed.  So nothing that they use changes under a thread's hands.
+        After :meth:`abandon` nobody waits for a step any more.
+
+        :param steps: what comes before their first ``yield`` is done at once, in the caller's thread.
+        """
+        try:
+            ended, result = _step(steps)
+            while not ended:
+                ended, result = await self.run_to_the_end(_step, steps)
+            return cast(T, result)
+        finally:
+            # While a thread that is not waited for is at it, the generator can't be closed.
+            with contextlib.suppress(ValueError):
+                steps.close()
+
+    def abandon(self) -> None:
+        """Wait for nothing that was begun, now that the process is about to end."""
+        self._abandoned = True
+        for work in self._awaited:
+            assert work.ended is not None, "who waits has said so"
+            work.ended.set()
+
+    async def _end_of(self, work: _Work) -> None:
+        """Return when a thread is done with `work`, whoever cancels the waiting."""
+        ended = work.ended = asyncio.Event()
+        self._awaited.add(work)
+        while not work.over and not self._abandoned:
+            with contextlib.suppress(asyncio.CancelledError):
+                await ended.wait()
+        self._awaited.discard(work)
 
     def _begin(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Work:
         work = _Work(function, arguments)
@@ -131,9 +174,10 @@ class Threads:
         self._threads.clear()
 
 
-async def _end_of(work: _Work) -> None:
-    """Return when a thread is done with `work`, whoever cancels the waiting."""
-    ended = work.ended = asyncio.Event()
-    while not work.over:
-        with contextlib.suppress(asyncio.CancelledError):
-            await ended.wait()
+def _step(steps: Steps[T]) -> tuple[bool, T | None]:
+    """Take a step; whether it was the last one, and what they return then."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        return True, end.value
+    return False, None

@@ -3,10 +3,11 @@
 In a temporary directory it makes an empty header file and a sparse payload,
 starts the daemon on a UNIX socket, and plays over QMP what a management
 program would send, with the ``qemu.qmp`` library and with each request and
-reply shown.  Data is written and read through the device; then the demo looks
-at the files from outside, for a header and for plaintext where neither may be.
-Everything it shows it also checks: what is not as it should be ends it with
-status 1 and one line on standard error.
+reply shown.  Data is written and read through the device, and the passphrase
+is changed while it is plugged in; then the demo looks at the files from outside,
+for a header and for plaintext where neither may be.  Everything it shows it also
+checks: what is not as it should be ends it with status 1 and one line on standard
+error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO, cast
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
 #: The names that libvirt would give.
 HEADER_STORAGE: Final = "libvirt-1-storage"
@@ -36,6 +37,8 @@ DISK: Final = "libvirt-3-format"
 DEVICE: Final = "virtio-disk1"
 SECRET: Final = "sec0"
 PASSPHRASE: Final = "abc123"
+NEW_SECRET: Final = "sec1"
+NEW_PASSPHRASE: Final = "correct horse"
 
 #: What is written, where, and how much of it (bytes).
 PATTERN: Final = 0xAB
@@ -202,6 +205,7 @@ class Demo:
             await self._plug()
             await self._use()
             await self._show_graph()
+            await self._change_passphrase()
             await self._unplug()
             await self._quit(process)
         self._check_files()
@@ -246,8 +250,10 @@ class Demo:
                 raise DemoError(f"the daemon ended with status {process.returncode} before it listened")
             if path.is_socket():
                 client = QMPClient("demo")
-                await client.connect(str(path))
-                return client
+                # The socket is there a moment before the daemon listens on it.
+                with suppress(ConnectError):
+                    await client.connect(str(path))
+                    return client
             await asyncio.sleep(0.01)
         raise DemoError(f"the daemon did not listen on {path} within {PATIENCE:g} seconds")
 
@@ -296,13 +302,21 @@ class Demo:
 
         self.screen.heading("A LUKS header is made, as a job (few iterations, so that it takes no time)")
         options = {"driver": "luks", "header": HEADER_FORMAT, "key-secret": SECRET, "iter-time": 10}
+        await self._run_job("blockdev-create", {"job-id": "create0", "options": options})
+
+    async def _run_job(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """Start a job, and wait for its end.
+
+        :raise DemoError: it failed.
+        """
+        job_id = arguments["job-id"]
         with self._client.listener("JOB_STATUS_CHANGE") as listener:
-            await self._execute("blockdev-create", {"job-id": "create0", "options": options})
-            await self._wait_event(listener, id="create0", status="concluded")
+            await self._execute(command, arguments)
+            await self._wait_event(listener, id=job_id, status="concluded")
         for job in await self._execute("query-jobs"):
             if "error" in job:
-                raise DemoError(f"the header could not be made: {job['error']}")
-        await self._execute("job-dismiss", {"id": "create0"})
+                raise DemoError(f"{command} failed: {job['error']}")
+        await self._execute("job-dismiss", {"id": job_id})
 
     async def _plug(self) -> None:
         self.screen.heading("The payload, the encrypted disk, and the device")
@@ -355,6 +369,23 @@ class Demo:
         }
         self._check(wanted <= edges, "the disk stands on its payload and on its header")
 
+    async def _change_passphrase(self) -> None:
+        self.screen.heading(
+            "Another passphrase, while the disk is plugged in: a second one comes, the first one goes"
+        )
+        await self._execute("object-add", {"qom-type": "secret", "id": NEW_SECRET, "data": NEW_PASSPHRASE})
+        added = {"driver": "luks", "state": "active", "new-secret": NEW_SECRET, "iter-time": 10}
+        await self._run_job("blockdev-amend", {"job-id": "add0", "node-name": DISK, "options": added})
+        erased = {"driver": "luks", "state": "inactive", "old-secret": SECRET}
+        await self._run_job("blockdev-amend", {"job-id": "erase0", "node-name": DISK, "options": erased})
+        nodes = cast("list[dict[str, Any]]", await self._client.execute("query-named-block-nodes"))
+        (disk,) = [node for node in nodes if node["node-name"] == DISK]
+        slots = disk["image"]["format-specific"]["data"]["slots"]
+        self._check(
+            [number for number, slot in enumerate(slots) if slot["active"]] == [1],
+            "keyslot 1 is the only one in use",
+        )
+
     async def _unplug(self) -> None:
         self.screen.heading("And back again")
         with self._client.listener("DEVICE_DELETED") as listener:
@@ -362,7 +393,8 @@ class Demo:
             await self._wait_event(listener, device=DEVICE)
         for node in (DISK, PAYLOAD_STORAGE, HEADER_FORMAT, HEADER_STORAGE):
             await self._execute("blockdev-del", {"node-name": node})
-        await self._execute("object-del", {"id": SECRET})
+        for secret in (SECRET, NEW_SECRET):
+            await self._execute("object-del", {"id": secret})
         self._check(not await self._execute("query-named-block-nodes"), "no node is left")
 
     async def _quit(self, process: asyncio.subprocess.Process) -> None:
@@ -402,7 +434,7 @@ class Demo:
         self.screen.heading("Other programs")
         key = self.directory / "passphrase"
         key.touch(mode=0o600)
-        key.write_text(PASSPHRASE)
+        key.write_text(NEW_PASSPHRASE)
         image = f"driver=luks,key-secret=key,file.driver=file,file.filename={self.payload}"
         image += f",header.driver=file,header.filename={self.header}"
         secret = f"secret,id=key,file={key}"

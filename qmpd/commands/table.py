@@ -35,6 +35,10 @@ _MODULES: Final = (
     transaction,
 )
 
+#: What is cancelled when the client that wants it goes away: it may have a key derived, which takes long,
+#: and undoes all of itself.
+GIVEN_UP: Final = frozenset({"blockdev-add"})
+
 
 def handlers(parts: Parts) -> dict[str, Callable[[dict[str, Any]], Any]]:
     """The handlers by command name, each bound to the parts of this daemon.

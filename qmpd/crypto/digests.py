@@ -13,6 +13,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives import hashes
 
+from qmpd.crypto.memory import Buffer, overwrite
 from qmpd.errors import Error
 
 HASHES: Final[Mapping[str, hashes.HashAlgorithm]] = MappingProxyType(
@@ -39,11 +40,13 @@ def algorithm(name: str) -> hashes.HashAlgorithm:
     return found
 
 
-def digest(name: str, data: bytes | bytearray | memoryview) -> bytes:
-    """Return the hash of `data` under the function called `name`.
+def digest_into(name: str, data: Buffer, into: memoryview) -> None:
+    """Write the hash of `data` under the function called `name` to `into`, which has its length.
 
     :raise Error: no such hash.
     """
     context = hashes.Hash(algorithm(name))
     context.update(data)
-    return context.finalize()
+    result = context.finalize()
+    into[:] = result
+    overwrite(result)

@@ -54,15 +54,18 @@ import hmac
 import os
 import struct
 import uuid as uuids
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Final
 
 from qmpd.crypto import antiforensic, kdf
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite, wiped_on_failure
 from qmpd.crypto.plan import Barrier, Plan, Write
-from qmpd.crypto.sectors import SECTOR, Buffer, SectorCipher
+from qmpd.crypto.sectors import SECTOR, SectorCipher
+from qmpd.crypto.steps import Steps, run
 from qmpd.errors import Error
 
 __all__ = [
@@ -76,11 +79,13 @@ __all__ = [
     "Keyslot",
     "VolumeKey",
     "format_plan",
+    "formatting",
     "iterations_for",
     "new_header",
-    "seal",
+    "sealing",
     "slot_extent",
     "unlock_slot",
+    "unlocking",
 ]
 
 HEADER_BYTES: Final = 592
@@ -303,18 +308,23 @@ def _parse_slots(raw: bytes, key_bytes: int, payload_offset: int | None) -> tupl
 class VolumeKey:
     """A volume key, and the duty to wipe it: a context manager that wipes on the way out.
 
-    :param key: the bytes.  A bytearray is taken over, and wiped later; anything else is copied.
+    :param key: the bytes.  A buffer of key memory is taken over, and wiped later; anything else is copied.
     """
 
     __slots__ = ("_bytes",)
 
-    def __init__(self, key: Buffer) -> None:
-        self._bytes = key if isinstance(key, bytearray) else bytearray(key)
+    def __init__(self, key: KeyBuffer | Buffer) -> None:
+        self._bytes = key if isinstance(key, KeyBuffer) else KeyMemory().copy_of(key)
 
     @property
     def data(self) -> memoryview:
         """The key, not to be kept: it becomes zeros."""
-        return memoryview(self._bytes).toreadonly()
+        return self._bytes.data.toreadonly()
+
+    @property
+    def locked(self) -> bool:
+        """Whether it is locked in memory."""
+        return self._bytes.locked
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -324,7 +334,7 @@ class VolumeKey:
 
     def wipe(self) -> None:
         """Overwrite the key with zeros.  May be called again."""
-        self._bytes[:] = bytes(len(self._bytes))
+        self._bytes.wipe()
 
     def __enter__(self) -> VolumeKey:
         return self
@@ -345,7 +355,8 @@ def unlock_slot(
     material: Buffer,
     *,
     max_iterations: int = kdf.MAX_ITERATIONS,
-) -> bytearray | None:
+    memory: KeyMemory | None = None,
+) -> KeyBuffer | None:
     """Try a passphrase on one keyslot (specification, section 4.3 and figure 5).
 
     It may take long and releases the interpreter lock: call it in a worker thread.
@@ -356,10 +367,24 @@ def unlock_slot(
     :param material: the bytes at :meth:`Header.material_extent`; if the volume
         ends before, what is missing counts as zeros.
     :param max_iterations: refuse to derive a key with more.
+    :param memory: where the volume key is to be; by default in a page of its own.
     :returns: the volume key, for the caller to wipe, or None: the slot is not
         active, or the passphrase is not the one.
     :raise Error: more iterations than `max_iterations`.
     """
+    return run(unlocking(header, slot, password, material, max_iterations=max_iterations, memory=memory))
+
+
+def unlocking(
+    header: Header,
+    slot: int,
+    password: Buffer,
+    material: Buffer,
+    *,
+    max_iterations: int = kdf.MAX_ITERATIONS,
+    memory: KeyMemory | None = None,
+) -> Steps[KeyBuffer | None]:
+    """:func:`unlock_slot` in steps: the slot's derivation, pieces of the merge, the digest's derivation."""
     keyslot = header.slots[slot]
     if not keyslot.active:
         return None
@@ -371,42 +396,49 @@ def unlock_slot(
             raise Error(f"{what} iteration count {iterations} is more than the {max_iterations} allowed")
     _, length = header.material_extent(slot)
     material = bytes(material[:length]).ljust(length, b"\0")
-    derived = kdf.pbkdf2(header.hash_name, password, keyslot.salt, keyslot.iterations, header.key_bytes)
-    cipher = SectorCipher(header.spec, derived)
-    stripes = bytearray(length)
-    try:
-        cipher.decrypt_into(material, 0, stripes)
-        key = antiforensic.merge(header.hash_name, stripes, header.key_bytes, keyslot.stripes)
-    finally:
-        cipher.close()
-        _wipe(derived)
-        _wipe(stripes)
-    digest = kdf.pbkdf2(
-        header.hash_name, key, header.digest_salt, header.digest_iterations, len(header.digest)
-    )
+    memory = memory or KeyMemory()
+    yield
+    with _slot_cipher(header, slot, password, memory) as cipher, memory.take(length) as stripes:
+        yield
+        cipher.decrypt_into(material, 0, stripes.data)
+        key = yield from antiforensic.merging(
+            header.hash_name, stripes.data, header.key_bytes, keyslot.stripes, memory
+        )
+    with wiped_on_failure(key):
+        yield
+        digest = kdf.pbkdf2(
+            header.hash_name, key.data, header.digest_salt, header.digest_iterations, len(header.digest)
+        )
     if hmac.compare_digest(digest, header.digest):
         return key
-    _wipe(key)
+    key.wipe()
     return None
 
 
-def _wipe(buffer: bytearray) -> None:
-    buffer[:] = bytes(len(buffer))
+@contextmanager
+def _slot_cipher(header: Header, slot: int, password: Buffer, memory: KeyMemory) -> Iterator[SectorCipher]:
+    """The cipher of a slot's key material, with the key that `password` gives."""
+    keyslot = header.slots[slot]
+    with memory.take(header.key_bytes) as derived:
+        kdf.pbkdf2_into(header.hash_name, password, keyslot.salt, keyslot.iterations, derived.data)
+        cipher = SectorCipher(header.spec, derived.data, memory=memory, secret_data=True)
+    try:
+        yield cipher
+    finally:
+        cipher.close()
 
 
-def iterations_for(hash_name: str, key_bytes: int, milliseconds: int) -> tuple[int, int]:
+def iterations_for(hash_name: str, key_bytes: int, milliseconds: int) -> Steps[tuple[int, int]]:
     """Return the PBKDF2 iterations of a keyslot and of the digest that a creation should take.
 
     The slot's take `milliseconds` on this machine and the digest's an eighth
     of that, which is how QEMU divides ``iter-time``.  Takes some tenths of a
-    second: call it in a worker thread.
+    second.
 
-    :raise Error: no such hash.
+    :raise Error: no such hash, or too many milliseconds.
     """
-    return (
-        kdf.calibrate(hash_name, milliseconds, key_bytes),
-        kdf.calibrate(hash_name, milliseconds / 8, DIGEST_BYTES),
-    )
+    digest = yield from kdf.calibrating(hash_name, milliseconds, DIGEST_BYTES, share=8)
+    return (yield from kdf.calibrating(hash_name, milliseconds, key_bytes)), digest
 
 
 def new_header(
@@ -460,23 +492,51 @@ def format_plan(
     :param slot_iterations: see :func:`iterations_for`; so is `digest_iterations`.
     :param detached: the payload is elsewhere and begins at 0.
     :param uuid: as text; a random one if it is left out.
-    :param random: gives as many random bytes as it is asked for.
+    :param random: gives as many random bytes as it is asked for; those of keys are overwritten.
     :returns: the header, the volume key for the caller to wipe, and what to
         write to the header's volume in this order.
     :raise Error: no such hash.
     """
+    return run(
+        formatting(
+            spec,
+            hash_name,
+            password,
+            slot_iterations,
+            digest_iterations,
+            detached=detached,
+            uuid=uuid,
+            random=random,
+        )
+    )
+
+
+def formatting(
+    spec: CipherSpec,
+    hash_name: str,
+    password: Buffer,
+    slot_iterations: int,
+    digest_iterations: int,
+    *,
+    detached: bool = False,
+    uuid: str | None = None,
+    random: Callable[[int], bytes] = os.urandom,
+) -> Steps[tuple[Header, VolumeKey, Plan]]:
+    """:func:`format_plan` in steps."""
     blank = new_header(spec, hash_name, detached=detached, uuid=uuid)
-    key = bytearray(random(spec.key_bytes))
-    digest_salt, slot_salt = random(SALT_BYTES), random(SALT_BYTES)
-    digest = kdf.pbkdf2(hash_name, key, digest_salt, digest_iterations, DIGEST_BYTES)
-    first_slot = replace(blank.slots[0], active=True, iterations=slot_iterations, salt=slot_salt)
-    header = replace(
-        blank,
-        digest=bytes(digest),
-        digest_salt=digest_salt,
-        digest_iterations=digest_iterations,
-    ).with_slot(0, first_slot)
-    material = seal(header, 0, key, password, random)
+    key = _random_key(spec.key_bytes, random)
+    with wiped_on_failure(key):
+        digest_salt, slot_salt = random(SALT_BYTES), random(SALT_BYTES)
+        yield
+        digest = kdf.pbkdf2(hash_name, key.data, digest_salt, digest_iterations, DIGEST_BYTES)
+        first_slot = replace(blank.slots[0], active=True, iterations=slot_iterations, salt=slot_salt)
+        header = replace(
+            blank,
+            digest=bytes(digest),
+            digest_salt=digest_salt,
+            digest_iterations=digest_iterations,
+        ).with_slot(0, first_slot)
+        material = yield from sealing(header, 0, key.data, password, random)
     area = _aligned(_sectors(HEADER_BYTES)) * SECTOR
     plan: Plan = [
         Write(0, bytes(area)),
@@ -489,16 +549,14 @@ def format_plan(
     return header, VolumeKey(key), plan
 
 
-def seal(
+def sealing(
     header: Header,
     slot: int,
     key: Buffer,
     password: Buffer,
     random: Callable[[int], bytes] = os.urandom,
-) -> bytes:
+) -> Steps[bytes]:
     """Make the key material with which `password` opens a keyslot (specification, section 4.1 and figure 3).
-
-    It may take long and releases the interpreter lock: call it in a worker thread.
 
     :param header: salt and iterations of the slot are the ones to use.
     :param slot: the slot's number.
@@ -506,15 +564,18 @@ def seal(
     :param random: gives as many random bytes as it is asked for.
     :returns: what belongs at :meth:`Header.material_extent`.
     """
-    keyslot = header.slots[slot]
     _, length = header.material_extent(slot)
-    derived = kdf.pbkdf2(header.hash_name, password, keyslot.salt, keyslot.iterations, header.key_bytes)
-    material = antiforensic.split(header.hash_name, key, keyslot.stripes, random)
-    material.extend(bytes(length - len(material)))
-    cipher = SectorCipher(header.spec, derived)
-    try:
-        return bytes(cipher.encrypt(material, 0))
-    finally:
-        cipher.close()
-        _wipe(derived)
-        _wipe(material)
+    stripes = header.slots[slot].stripes
+    yield
+    with _slot_cipher(header, slot, password, KeyMemory()) as cipher:
+        material = yield from antiforensic.splitting(header.hash_name, key, stripes, random, length=length)
+        with material:
+            return bytes(cipher.encrypt(material.data, 0))
+
+
+def _random_key(length: int, random: Callable[[int], bytes]) -> KeyBuffer:
+    key = KeyMemory().take(length)
+    drawn = random(length)
+    key.data[:] = drawn
+    overwrite(drawn)
+    return key

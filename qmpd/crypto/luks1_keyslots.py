@@ -38,11 +38,12 @@ from qmpd.crypto.luks1 import (
     SLOTS,
     Header,
     Keyslot,
-    seal,
+    sealing,
     slot_extent,
 )
+from qmpd.crypto.memory import Buffer
 from qmpd.crypto.plan import Barrier, Plan, Write
-from qmpd.crypto.sectors import Buffer
+from qmpd.crypto.steps import Steps
 
 #: The sectors on which a header lies, in bytes.
 HEADER_SECTORS_BYTES: Final = -(-HEADER_BYTES // SECTOR) * SECTOR
@@ -50,7 +51,7 @@ HEADER_SECTORS_BYTES: Final = -(-HEADER_BYTES // SECTOR) * SECTOR
 Random = Callable[[int], bytes]
 
 
-def activate_plan(
+def activating(
     header: Header,
     sectors: Buffer,
     slots: Sequence[int],
@@ -58,12 +59,12 @@ def activate_plan(
     password: Buffer,
     iterations: int,
     random: Random = os.urandom,
-) -> tuple[Header, Plan]:
+) -> Steps[tuple[Header, Plan]]:
     """Put `key` into slots, so that `password` opens each of them.
 
     If a slot is in use, its key is lost.  The new one lies in a free slot until the first of them has it.
 
-    It may take long and releases the interpreter lock: call it in a worker thread.
+    It is done in steps, and each slot takes as long as unlocking it.
 
     :param header: what :meth:`Header.parse` made of `sectors`.
     :param sectors: the first :data:`HEADER_SECTORS_BYTES` bytes of the header's volume.
@@ -78,7 +79,7 @@ def activate_plan(
     for slot in slots:
         salt = random(SALT_BYTES)
         described = replace(header.slots[slot], active=True, iterations=iterations, salt=salt)
-        material = seal(header.with_slot(slot, described), slot, key, password, random)
+        material = yield from sealing(header.with_slot(slot, described), slot, key, password, random)
         in_use = header.slots[slot].active
         spare = _free_slot(image.header) if in_use and slot == slots[0] else None
         if spare is not None:
@@ -95,7 +96,7 @@ def activate_plan(
 def erase_plan(
     header: Header, sectors: Buffer, slots: Sequence[int], random: Random = os.urandom
 ) -> tuple[Header, Plan]:
-    """Take the keys out of slots; parameters and result as of :func:`activate_plan`."""
+    """Take the keys out of slots; parameters and result as of :func:`activating`."""
     image = _Image(header, sectors)
     plan: Plan = []
     for slot in slots:

@@ -18,6 +18,7 @@ the running chain equal to that sector's IV.
 
 Scratch memory is a few tiles for each request under way, whatever its size,
 and is kept for the next one: making it anew takes longer than a small request.
+It holds plaintext, so it is overwritten when the cipher is closed.
 
 A call costs as much for one sector as for twenty.  So requests that come
 together can be served together: the sectors in a buffer need not follow each
@@ -37,11 +38,10 @@ from numpy.typing import NDArray
 
 from qmpd.crypto import digests
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory
 
 #: What LUKS1 counts in, in bytes; the numbers of sectors in this module count it too.
 SECTOR: Final = 512
-
-Buffer = bytes | bytearray | memoryview
 
 _BLOCK: Final = 16
 _ZERO_IV: Final = bytes(_BLOCK)
@@ -80,12 +80,18 @@ _BACK_SHIFTS: Final = _frozen(np.arange(63, 63 - _RUN, -1).astype(_WORD))
 
 
 class _Contexts:
-    """What one request at a time needs: AES contexts, the running CBC chain, scratch memory."""
+    """AES contexts for one request at a time, and the running CBC chain.
 
-    __slots__ = ("cbc", "chain", "decrypt", "encrypt", "essiv", "kept", "tiles", "tweak")
+    OpenSSL keeps keys in them, and overwrites those when they go: so nothing may refer to them in a
+    circle, which would keep them until the garbage collector comes by.
+    """
 
-    def __init__(self, data_key: memoryview, tweak_key: memoryview | None, essiv_key: bytes | None) -> None:
-        def ecb(key: memoryview | bytes) -> Cipher[modes.ECB]:
+    __slots__ = ("cbc", "chain", "decrypt", "encrypt", "essiv", "tweak")
+
+    def __init__(
+        self, data_key: memoryview, tweak_key: memoryview | None, essiv_key: memoryview | None
+    ) -> None:
+        def ecb(key: memoryview) -> Cipher[modes.ECB]:
             return Cipher(algorithms.AES(key), modes.ECB())
 
         data = ecb(data_key)
@@ -101,24 +107,48 @@ class _Contexts:
         #: The last ciphertext block that left `cbc`, as a number.
         self.chain = 0
         self.essiv: CipherContext | None = None if essiv_key is None else ecb(essiv_key).encryptor()
+
+
+class _Worker:
+    """What one request at a time needs: contexts, and scratch memory."""
+
+    __slots__ = ("contexts", "kept", "tiles")
+
+    def __init__(self, contexts: _Contexts) -> None:
+        self.contexts = contexts
         #: Tiles by their numbers of sectors, and the sum of these numbers.
         self.tiles: dict[int, _Tile] = {}
         self.kept = 0
+
+    def wipe(self) -> None:
+        """Overwrite what is in scratch memory."""
+        for tile in self.tiles.values():
+            tile.wipe()
 
 
 class SectorCipher:
     """A volume's cipher, for any number of whole sectors at a time, from any number of threads.
 
     :param spec: algorithm, mode and IV rule.
-    :param key: the volume key, ``spec.key_bytes`` long; copied, and wiped by :meth:`close`.
+    :param key: the volume key, ``spec.key_bytes`` long; copied, and the copy wiped by :meth:`close`.
     :param sector_size: bytes that one IV serves: 512 (LUKS1), or a larger power of two up to 4096.
     :param iv_unit: bytes that the IV's number counts: 512, as dm-crypt does it
         whatever the sector's size, or `sector_size` (dm-crypt's "iv_large_sectors").
+    :param memory: where the copy is to be; by default in a page of its own.
+    :param secret_data: what is ciphered are keys: no memory that is not kept for the next request
+        holds any of it either.
     :raise ValueError: a length that does not fit.
     """
 
     def __init__(
-        self, spec: CipherSpec, key: Buffer, sector_size: int = SECTOR, *, iv_unit: int = SECTOR
+        self,
+        spec: CipherSpec,
+        key: Buffer,
+        sector_size: int = SECTOR,
+        *,
+        iv_unit: int = SECTOR,
+        memory: KeyMemory | None = None,
+        secret_data: bool = False,
     ) -> None:
         if len(key) != spec.key_bytes:
             raise ValueError(
@@ -133,14 +163,17 @@ class SectorCipher:
         self._iv_divisor = iv_unit // SECTOR
         self._iv_step = sector_size // iv_unit
         self._iv_mask = np.uint64(0xFFFFFFFF) if spec.ivgen == "plain" else None
-        self._key = bytearray(key)
-        # ESSIV keys its cipher with the hash of the volume key, in XTS of both halves.
-        self._essiv_key = (
-            digests.digest(spec.ivgen_hash, key) if spec.ivgen == "essiv" and spec.ivgen_hash else None
-        )
-        # A context must not be used by two threads at once, so a request takes one out and puts it
-        # back; list.append and list.pop are atomic.
-        self._idle: list[_Contexts] = []
+        self._memory = memory or KeyMemory()
+        self._key = self._memory.copy_of(key)
+        self._secret_data = secret_data
+        self._essiv_key: KeyBuffer | None = None
+        if spec.ivgen == "essiv" and spec.ivgen_hash:
+            # ESSIV keys its cipher with the hash of the volume key, in XTS of both halves.
+            self._essiv_key = self._memory.take(digests.algorithm(spec.ivgen_hash).digest_size)
+            digests.digest_into(spec.ivgen_hash, key, self._essiv_key.data)
+        # A context must not be used by two threads at once, so a request takes a worker out and puts
+        # it back; list.append and list.pop are atomic.
+        self._idle: list[_Worker] = []
         self._closed = threading.Event()
 
     def __repr__(self) -> str:
@@ -195,34 +228,47 @@ class SectorCipher:
         """Bytes that the IV's number counts."""
         return self._iv_divisor * SECTOR
 
-    def copy_key(self) -> bytearray:
+    @property
+    def locked(self) -> bool:
+        """Whether the volume key is locked in memory."""
+        return self._key.locked
+
+    def copy_key(self) -> KeyBuffer:
         """A copy of the volume key, for the caller to wipe.
 
         :raise ValueError: if the cipher was closed.
         """
         if self._closed.is_set():
             raise ValueError("the cipher is closed")
-        return bytearray(self._key)
+        return self._memory.copy_of(self._key.data)
 
     def close(self) -> None:
-        """Wipe the key; requests from now on fail.  May be called again."""
+        """Wipe the key, and what is in scratch memory; requests from now on fail.  May be called again."""
         self._closed.set()
-        self._idle.clear()
-        self._key[:] = bytes(len(self._key))
-        self._essiv_key = None
+        self._wipe_idle()
+        self._key.wipe()
+        if self._essiv_key is not None:
+            self._essiv_key.wipe()
 
-    def _contexts(self) -> _Contexts:
+    def _wipe_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().wipe()
+
+    def _worker(self) -> _Worker:
         if self._closed.is_set():
             raise ValueError("the cipher is closed")
         try:
             return self._idle.pop()
         except IndexError:
             pass
-        key = memoryview(self._key)
+        key = self._key.data
+        essiv_key = None if self._essiv_key is None else self._essiv_key.data
         if self.spec.mode == "xts":
             half = len(key) // 2
-            return _Contexts(key[:half], key[half:], self._essiv_key)
-        return _Contexts(key, None, self._essiv_key)
+            contexts = _Contexts(key[:half], key[half:], essiv_key)
+        else:
+            contexts = _Contexts(key, None, essiv_key)
+        return _Worker(contexts)
 
     def _first_number(self, length: int, first_sector: int) -> int:
         """The number of the first IV."""
@@ -259,30 +305,32 @@ class SectorCipher:
             return
         source = np.frombuffer(data, _WORD)
         target = np.frombuffer(into, _WORD)
-        contexts = self._contexts()
-        words_in_tile = (_XTS_TILE if contexts.tweak is not None else _CBC_TILE) // 8
+        worker = self._worker()
+        words_in_tile = (_XTS_TILE if self.spec.mode == "xts" else _CBC_TILE) // 8
         words_in_sector = self.sector_size // 8
         for start in range(0, source.size, words_in_tile):
             stop = min(start + words_in_tile, source.size)
             first, end = start // words_in_sector, stop // words_in_sector
-            tile = contexts.tiles.get(end - first) or self._make_tile(contexts, end - first)
+            tile = worker.tiles.get(end - first) or self._make_tile(worker, end - first)
             if isinstance(numbers, int):
                 tile.number_from(numbers + first * self._iv_step)
             else:
                 tile.number(numbers[first:end])
             run = tile.encrypt if encrypting else tile.decrypt
             run(source[start:stop].reshape(tile.shape), target[start:stop].reshape(tile.shape))
-        if not self._closed.is_set():
-            self._idle.append(contexts)
+        self._idle.append(worker)
+        if self._closed.is_set():
+            self._wipe_idle()
 
-    def _make_tile(self, contexts: _Contexts, sectors: int) -> _Tile:
-        if contexts.kept + sectors > _KEPT_SECTORS:
-            contexts.tiles.clear()
-            contexts.kept = 0
-        kind = _XtsTile if contexts.tweak is not None else _CbcTile
-        tile = kind(contexts, sectors, self.sector_size // _BLOCK, self._iv_step, self._iv_mask)
-        contexts.tiles[sectors] = tile
-        contexts.kept += sectors
+    def _make_tile(self, worker: _Worker, sectors: int) -> _Tile:
+        if worker.kept + sectors > _KEPT_SECTORS:
+            worker.tiles.clear()
+            worker.kept = 0
+        kind = _XtsTile if self.spec.mode == "xts" else _CbcTile
+        blocks = self.sector_size // _BLOCK
+        tile = kind(worker.contexts, sectors, blocks, self._iv_step, self._iv_mask, self._secret_data)
+        worker.tiles[sectors] = tile
+        worker.kept += sectors
         return tile
 
 
@@ -308,15 +356,23 @@ class _Tile:
 
     :param iv_step: by how much the IVs' numbers grow from sector to sector.
     :param iv_mask: the bits of the number that the IV rule keeps.
+    :param secret_data: memory that is needed once only is overwritten.
     """
 
     def __init__(
-        self, contexts: _Contexts, sectors: int, blocks: int, iv_step: int, iv_mask: np.uint64 | None
+        self,
+        contexts: _Contexts,
+        sectors: int,
+        blocks: int,
+        iv_step: int,
+        iv_mask: np.uint64 | None,
+        secret_data: bool,
     ) -> None:
         self.sectors = sectors
         self.shape = (sectors, blocks, 2)
         self._contexts = contexts
         self._mask = iv_mask
+        self._secret_data = secret_data
         self._steps = np.arange(0, sectors * iv_step, iv_step, dtype=_WORD)
         self._ivs = np.zeros((sectors, 2), _WORD)
         self._numbers = self._ivs[:, 0]
@@ -340,6 +396,9 @@ class _Tile:
         """Write the plaintext of `source` to `target`."""
         raise NotImplementedError
 
+    def wipe(self) -> None:
+        """Overwrite what is left of the data in scratch memory."""
+
     @staticmethod
     def _cipher_space(shape: tuple[int, ...]) -> tuple[Words, Any]:
         """Return an array for ECB's result, and the same memory as `cryptography` wants it."""
@@ -360,9 +419,15 @@ class _Tile:
 
 class _XtsTile(_Tile):
     def __init__(
-        self, contexts: _Contexts, sectors: int, blocks: int, iv_step: int, iv_mask: np.uint64 | None
+        self,
+        contexts: _Contexts,
+        sectors: int,
+        blocks: int,
+        iv_step: int,
+        iv_mask: np.uint64 | None,
+        secret_data: bool,
     ) -> None:
-        super().__init__(contexts, sectors, blocks, iv_step, iv_mask)
+        super().__init__(contexts, sectors, blocks, iv_step, iv_mask, secret_data)
         self._runs_in_sector = blocks // _RUN
         runs = sectors * self._runs_in_sector
         self._first, self._first_space = self._cipher_space((sectors, 2))
@@ -384,6 +449,10 @@ class _XtsTile(_Tile):
 
     def decrypt(self, source: Words, target: Words) -> None:
         self._run(self._contexts.decrypt, source, target)
+
+    def wipe(self) -> None:
+        self._masked.fill(0)
+        self._result.fill(0)
 
     def _run(self, aes: CipherContext, source: Words, target: Words) -> None:
         self._make_tweaks()
@@ -430,6 +499,8 @@ class _CbcTile(_Tile):
         plain[:, 0] ^= self._make_ivs()[0]
         plain[:, 1:] ^= source[:, :-1]
         target[...] = plain
+        if self._secret_data:
+            plain.fill(0)
 
     def encrypt(self, source: Words, target: Words) -> None:
         if self.sectors < _ACROSS:
@@ -453,6 +524,8 @@ class _CbcTile(_Tile):
             update_into(step_bytes[start : start + row], space[start : start + row + _SLACK])
             chain = results[step]
         target[...] = results.transpose(1, 0, 2)
+        if self._secret_data:
+            steps.fill(0)
 
     def _encrypt_along(self, source: Words, target: Words) -> None:
         """One CBC context runs through all the sectors."""
@@ -474,3 +547,5 @@ class _CbcTile(_Tile):
             chain = number(space[end - _BLOCK : end], "little")
         self._contexts.chain = chain
         target[...] = results
+        if self._secret_data:
+            data[:] = bytes(len(data))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from qmpd.errors import Error
@@ -68,16 +68,20 @@ class Dispatcher:
 
     :param schema: says which commands there are and what they take.
     :param handlers: one for each command, except `qmp_capabilities`, which is the session's.
+    :param given_up: the commands that are cancelled when their client goes away.
     :raise ValueError: if a command has no handler, or a handler no command.
     """
 
-    def __init__(self, schema: Schema, handlers: Mapping[str, Handler]) -> None:
+    def __init__(
+        self, schema: Schema, handlers: Mapping[str, Handler], given_up: Collection[str] = ()
+    ) -> None:
         commands = schema.commands.keys() - {NEGOTIATION}
         without = sorted(commands - handlers.keys())
         unknown = sorted(handlers.keys() - commands - {NEGOTIATION})
         if without or unknown:
             raise ValueError(f"commands without a handler: {without}, handlers without a command: {unknown}")
         self.schema = schema
+        self.given_up = frozenset(given_up)
         self._handlers = dict(handlers)
 
     def begin(self, session: Session, message: Any) -> Reply | Unfinished | None:

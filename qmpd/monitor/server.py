@@ -15,6 +15,10 @@ Nobody can make the daemon wait or grow:
   piled up is disconnected: one that lost some events and does not know it would be
   worse off than one that has to connect again.
 
+A client may send its commands and then stop talking; they are answered.  If it is gone altogether, a
+command that only it had an interest in, and that may take long (`Dispatcher.given_up`), is cancelled.  A
+UNIX socket tells the two apart; over TCP a client is known to be gone when something is sent to it.
+
 What is sent while one turn lasts goes out in one write.  Nothing here needs uvloop.
 """
 
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 from collections import deque
 from collections.abc import Callable, Mapping
 from time import perf_counter
@@ -39,6 +44,8 @@ QUEUE_LIMIT: Final = 8
 _TURN: Final = 0.005
 #: Seconds that a command has for its end, and a client for taking the last replies, when the daemon ends.
 _FAREWELL: Final = 2.0
+#: Seconds that a command still has when its client has gone: what is nearly done is done.
+_GRACE: Final = 0.1
 #: Bytes that are collected in one turn before they are handed to the transport.
 _FLUSH_SIZE: Final = 64 * 1024
 
@@ -63,6 +70,10 @@ class Connection(asyncio.Protocol):
         self._writing_paused = False
         self._reading_paused = False
         self._input_ended = False
+        #: The command under way, if it is to be given up when the client goes.
+        self._vain: asyncio.Task[None] | None = None
+        self._gone = False
+        self._hangup: select.epoll | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
     # What asyncio calls
@@ -77,8 +88,10 @@ class Connection(asyncio.Protocol):
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the client; a command that is being executed goes on, its reply is dropped."""
+        """Forget the client; the reply of a command that is being executed is dropped."""
         self._transport = None
+        self._watch_no_more()
+        self._client_has_gone()
         self._queue.clear()
         self._urgent.clear()
         self._output.clear()
@@ -100,6 +113,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Answer what was asked before the client stopped talking, then close."""
         self._input_ended = True
+        self._watch_for_hangup()
         self._work()
         return True
 
@@ -130,7 +144,11 @@ class Connection(asyncio.Protocol):
                 if isinstance(outcome, Unfinished):
                     if not out_of_band:
                         self._busy = True
-                    self._monitor.run(self._finish(outcome, out_of_band=out_of_band))
+                    task = self._monitor.run(self._finish(outcome, out_of_band=out_of_band))
+                    if not out_of_band and outcome.call.name in dispatcher.given_up:
+                        self._vain = task
+                        if self._gone:
+                            self._loop.call_later(_GRACE, task.cancel)
                 elif outcome is not None:
                     self._send(*outcome)
                 now = perf_counter()
@@ -162,9 +180,38 @@ class Connection(asyncio.Protocol):
         finally:
             if not out_of_band:
                 self._busy = False
+                self._vain = None
         if reply is not None and self._transport is not None:
             self._send(*reply)
         self._work()
+
+    # A client that is gone
+
+    def _client_has_gone(self) -> None:
+        self._gone = True
+        if self._vain is not None:
+            self._loop.call_later(_GRACE, self._vain.cancel)
+
+    def _watch_for_hangup(self) -> None:
+        """Notice if the client does not listen either; its transport does not look after that any more."""
+        assert self._transport is not None, "who stops talking is there"
+        connection = self._transport.get_extra_info("socket")
+        if connection is None:
+            return
+        # A hang-up is told of whether it is asked for or not, and nothing else is to be told of.
+        self._hangup = select.epoll()
+        self._hangup.register(connection.fileno(), 0)
+        self._loop.add_reader(self._hangup.fileno(), self._hung_up)
+
+    def _hung_up(self) -> None:
+        self._watch_no_more()
+        self._client_has_gone()
+
+    def _watch_no_more(self) -> None:
+        if self._hangup is not None:
+            self._loop.remove_reader(self._hangup.fileno())
+            self._hangup.close()
+            self._hangup = None
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -281,12 +328,13 @@ class Monitor:
         """Forget a client."""
         self._connections.pop(connection, None)
 
-    def run(self, coroutine: Any) -> None:
-        """Run the rest of a command, whatever becomes of its client."""
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def run(self, coroutine: Any) -> asyncio.Task[None]:
+        """Run the rest of a command."""
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
         # The loop itself holds tasks only weakly.
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def emit(self, name: str, data: Mapping[str, Any], nanoseconds: int | None = None) -> None:
         """Send an event to every client that has negotiated, in order with its replies.

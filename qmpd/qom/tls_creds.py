@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qmpd.crypto.memory import KeyBuffer
 from qmpd.errors import Error
-from qmpd.qom.secret import wipe
 from qmpd.qom.user_creatable import UserCreatable
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class TLSCredentials(UserCreatable):
         self._set_verification()
 
     @abstractmethod
-    def _load(self, secrets: Callable[[str], bytearray]) -> ssl.SSLContext:
+    def _load(self, secrets: Callable[[str], KeyBuffer]) -> ssl.SSLContext:
         """The context; runs in a thread.
 
         :raise Error: if something is missing or wrong.
@@ -190,7 +190,7 @@ class X509Credentials(TLSCredentials):
             self._context.check_hostname = verify and self._loaded_for == "client"
             self._context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
 
-    def _load(self, secrets: Callable[[str], bytearray]) -> ssl.SSLContext:
+    def _load(self, secrets: Callable[[str], KeyBuffer]) -> ssl.SSLContext:
         side = self._values["endpoint"]
         authority = self._required(_CA_CERTIFICATE)
         revocations = self._optional(_CA_REVOCATIONS)
@@ -244,10 +244,14 @@ class X509Credentials(TLSCredentials):
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
     def _load_key(
-        self, context: ssl.SSLContext, certificate: str, key: str, secrets: Callable[[str], bytearray]
+        self, context: ssl.SSLContext, certificate: str, key: str, secrets: Callable[[str], KeyBuffer]
     ) -> None:
         password_id = self._values["passwordid"]
-        password = secrets(password_id) if "passwordid" in self._given else bytearray()
+        password = bytearray()
+        if "passwordid" in self._given:
+            with secrets(password_id) as secret:
+                # Python's ssl takes no other buffer.
+                password += secret.data
         try:
             # With a function even if there is no password: OpenSSL would ask for one at the terminal.
             context.load_cert_chain(certificate, key, password=lambda: password)
@@ -255,7 +259,7 @@ class X509Credentials(TLSCredentials):
             reason = _key_error(error, certificate, key)
             raise Error(f"Cannot load certificate '{certificate}' & key '{key}': {reason}") from None
         finally:
-            wipe(password)
+            password[:] = bytes(len(password))
 
 
 class PreSharedKeys(TLSCredentials):
@@ -268,7 +272,7 @@ class PreSharedKeys(TLSCredentials):
     struct = "TlsCredsPskProperties"
     _defaults: Mapping[str, Any] = {"username": ""}
 
-    def _load(self, secrets: Callable[[str], bytearray]) -> ssl.SSLContext:
+    def _load(self, secrets: Callable[[str], KeyBuffer]) -> ssl.SSLContext:
         server = self._values["endpoint"] == "server"
         if server and "username" in self._given:
             raise Error("username should not be set when endpoint=server")
@@ -304,7 +308,7 @@ class Anonymous(TLSCredentials):
     struct = "TlsCredsAnonProperties"
     _needs_directory = False
 
-    def _load(self, secrets: Callable[[str], bytearray]) -> ssl.SSLContext:
+    def _load(self, secrets: Callable[[str], KeyBuffer]) -> ssl.SSLContext:
         context = self._new_context()
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = False

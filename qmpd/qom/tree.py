@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Mapping
 from functools import partial
 from typing import Any, Final
 
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.errors import DeviceNotFound, Error
 from qmpd.qapi import Schema
 from qmpd.qom.authz import Authorization, AuthorizationList, SimpleAuthorization
@@ -53,10 +54,12 @@ class ObjectTree:
     """All objects of a daemon.
 
     :param schema: has the structs that objects' properties are in.
+    :param key_memory: where secrets' values are; by default in pages of their own.
     """
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, key_memory: KeyMemory | None = None) -> None:
         self.schema = schema
+        self.key_memory = key_memory or KeyMemory()
         self.root = Container()
         self.backend = self.root.container("backend")
         self.objects = self.root.container("objects")
@@ -195,7 +198,7 @@ class ObjectTree:
 
     # -- what others of the daemon need
 
-    def raw_secret(self, secret_id: str) -> bytearray:
+    def raw_secret(self, secret_id: str) -> KeyBuffer:
         """A copy of a secret's bytes, for the caller to wipe.
 
         :raise Error: if there is no secret with this id.
@@ -207,7 +210,7 @@ class ObjectTree:
             raise Error(f"Object with id '{secret_id}' is not a secret")
         return found.value()
 
-    def secret_bytes(self, secret_id: str) -> bytearray:
+    def secret_bytes(self, secret_id: str) -> KeyBuffer:
         """A copy of the passphrase with this id, for the caller to wipe.
 
         :raise Error: if there is none, or if it is no text in UTF-8.

@@ -21,6 +21,7 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.memory import KeyMemory
 from qmpd.crypto.sectors import SectorCipher
 from tests.block.conftest import resolve
 from tests.block.test_luks import make, open_luks
@@ -198,20 +199,21 @@ async def test_a_process_that_cannot_be_started_is_done_without(
 
 def test_a_forgotten_key_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[SectorCipher] = []
-    unpack = cipher_process.unpack_cipher
+    new = cipher_process.new_cipher
 
-    def remember(packed: memoryview) -> SectorCipher:
-        made.append(unpack(packed))
+    def remember(description: memoryview, key: memoryview, keys: KeyMemory) -> SectorCipher:
+        made.append(new(description, key, keys))
         return made[-1]
 
-    monkeypatch.setattr(cipher_process, "unpack_cipher", remember)
+    monkeypatch.setattr(cipher_process, "new_cipher", remember)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memory = memoryview(bytearray(cipher_messages.SLOT))
     running = threading.Thread(target=cipher_process.serve, args=(theirs, memory))
     running.start()
     cipher = SectorCipher(SPEC, bytes(range(64)))
     request = cipher_messages.REQUEST
-    ours.send(request.pack(cipher_messages.ADD, 5, 0, 0, 0) + cipher_messages.pack_cipher(cipher))
+    added = request.pack(cipher_messages.ADD, 5, 0, 0, 0)
+    ours.sendmsg([added, cipher_messages.describe_cipher(cipher), bytes(range(64))])
     ours.send(request.pack(cipher_messages.ENCRYPT, 5, 0, 9, 512))
     assert ours.recv(4) == cipher_messages.REPLY.pack(cipher_messages.NO_SLOT)
     assert ours.recv(4) == cipher_messages.REPLY.pack(0)
@@ -220,6 +222,6 @@ def test_a_forgotten_key_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
     ours.close()
     running.join(10)
     assert not running.is_alive()
-    assert made[0]._key == bytes(64)
+    assert made[0]._key.data == bytes(64)
     with pytest.raises(ValueError, match="the cipher is closed"):
         made[0].encrypt(bytes(512), 0)

@@ -21,6 +21,7 @@ from qmpd.block.drivers.raw import RawNode
 from qmpd.block.graph import Graph
 from qmpd.block.node import Data, Node
 from qmpd.block.permissions import Permission
+from qmpd.crypto.memory import KeyMemory
 from qmpd.export import eager
 
 SIZE = 1 << 16
@@ -74,7 +75,7 @@ class PacedNode(Node):
 @pytest_asyncio.fixture
 async def graph() -> AsyncIterator[Graph]:
     drivers: dict[str, type[Node]] = {"paced": PacedNode, "raw": RawNode, "file": FileNode}
-    graph = Graph(drivers, secrets=lambda name: bytearray())
+    graph = Graph(drivers, secrets=lambda name: KeyMemory().take(0))
     yield graph
     await graph.close()
 

@@ -12,6 +12,7 @@ from qmpd.block.backend import Backend
 from qmpd.block.drivers.null import NullCoNode
 from qmpd.block.graph import Graph
 from qmpd.block.permissions import Permission
+from qmpd.crypto.memory import KeyMemory
 from qmpd.errors import Error
 
 GUEST = Permission.CONSISTENT_READ | Permission.WRITE
@@ -85,7 +86,7 @@ async def test_a_node_under_construction_holds_its_name_but_is_not_seen() -> Non
         async def open(self) -> None:
             await gate.wait()
 
-    graph = Graph({"slow": SlowNode, "null-co": NullCoNode}, secrets=lambda _: bytearray())
+    graph = Graph({"slow": SlowNode, "null-co": NullCoNode}, secrets=lambda _: KeyMemory().take(0))
     opening = asyncio.create_task(graph.add({"driver": "slow", "node-name": "s"}))
     while "s" not in graph._nodes:
         await asyncio.sleep(0.001)
@@ -106,7 +107,7 @@ async def test_a_cancelled_opening_leaves_nothing(tmp_path: Path) -> None:
         async def open(self) -> None:
             await asyncio.Event().wait()
 
-    graph = Graph({"stuck": StuckNode, "null-co": NullCoNode}, secrets=lambda _: bytearray())
+    graph = Graph({"stuck": StuckNode, "null-co": NullCoNode}, secrets=lambda _: KeyMemory().take(0))
     await graph.add(null("below"))
     opening = asyncio.create_task(graph.add({"driver": "stuck", "node-name": "s", "file": "below"}))
     while "s" not in graph._nodes:

@@ -23,6 +23,7 @@ from qmpd.crypto.luks1 import (
     new_header,
     unlock_slot,
 )
+from qmpd.crypto.memory import KeyMemory
 from qmpd.errors import Error
 
 AES_256 = CipherSpec("aes-256", "xts", "plain64")
@@ -131,7 +132,9 @@ def test_what_was_formatted_is_unlocked_by_its_password_only(
     assert parsed.spec == spec
     offset, length = parsed.material_extent(0)
     material = volume[offset : offset + length]
-    assert unlock_slot(parsed, 0, PASSWORD, material) == bytearray(key.data)
+    found = unlock_slot(parsed, 0, PASSWORD, material)
+    assert found is not None
+    assert found.data == key.data
     assert unlock_slot(parsed, 0, b"abc124", material) is None
     assert unlock_slot(parsed, 1, PASSWORD, material) is None
     material[length // 2] ^= 1
@@ -373,7 +376,7 @@ def test_unlocking_a_mutated_header_gives_the_key_or_none_or_a_refusal(
         found = unlock_slot(header, 0, PASSWORD, material, max_iterations=1000)
     except Error:
         return
-    assert found in (None, bytearray(key.data))
+    assert found is None or found.data == key.data
 
 
 def test_an_absurd_iteration_count_is_refused_when_unlocking(packed: bytes) -> None:
@@ -398,13 +401,13 @@ def test_the_digest_takes_an_eighth_of_the_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_volume_key_is_wiped_on_the_way_out_and_never_shown() -> None:
-    raw = bytearray(b"\x5a" * 32)
+    raw = KeyMemory().copy_of(b"\x5a" * 32)
     with VolumeKey(raw) as key:
         assert key.data == b"\x5a" * 32
         assert len(key) == 32
         assert repr(key) == str(key) == "<VolumeKey of 32 bytes>"
     assert key.data == bytes(32)
-    assert raw == bytes(32)
+    assert raw.data == bytes(32)
 
 
 def test_reprs_show_no_secrets(made: tuple[Header, VolumeKey, list[Write | Barrier], bytearray]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.sectors import SectorCipher
+from qmpd.crypto.memory import KeyBuffer
+from qmpd.crypto.sectors import SectorCipher, _Contexts
 
 KEYS = random.Random(1619)
 DATA = KEYS.randbytes(512 * 600)
@@ -191,9 +193,40 @@ def test_a_closed_cipher_has_forgotten_its_key() -> None:
     cipher.close()
     with pytest.raises(ValueError, match="closed"):
         cipher.encrypt(bytes(512), 0)
-    held = [value for value in vars(cipher).values() if isinstance(value, bytes | bytearray)]
+    held = [value for value in vars(cipher).values() if isinstance(value, KeyBuffer)]
     assert held
-    assert not any(b"\x5a" in value for value in held)
+    assert not any(b"\x5a" in bytes(value.data) for value in held)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.algorithm}-{spec.mode}-{spec.ivgen}")
+def test_what_openssl_knows_of_the_key_goes_when_the_cipher_is_closed(spec: CipherSpec) -> None:
+    gc.collect()
+    gc.disable()  # which may come by much later, or never
+    try:
+        cipher = SectorCipher(spec, KEYS.randbytes(spec.key_bytes))
+        cipher.encrypt(DATA, 0)
+        cipher.decrypt(DATA[:512], 0)
+        assert [found for found in gc.get_objects() if isinstance(found, _Contexts)]
+        cipher.close()
+        assert not [found for found in gc.get_objects() if isinstance(found, _Contexts)]
+        del cipher
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.algorithm}-{spec.mode}-{spec.ivgen}")
+def test_a_closed_cipher_has_nothing_left_in_scratch_memory(spec: CipherSpec) -> None:
+    cipher = SectorCipher(spec, KEYS.randbytes(spec.key_bytes), secret_data=True)
+    encrypted = bytes(cipher.encrypt(DATA, 0))
+    (worker,) = cipher._idle
+    tiles = list(worker.tiles.values())
+    decrypted = bytearray(len(DATA))
+    cipher.decrypt_into(encrypted, 0, decrypted)
+    assert decrypted == DATA
+    cipher.close()
+    arrays = [getattr(tile, name) for tile in tiles for name in ("_masked", "_result") if hasattr(tile, name)]
+    assert len(arrays) == (2 * len(tiles) if spec.mode == "xts" else 0)
+    assert not any(array.any() for array in arrays)
 
 
 def test_a_repr_shows_no_key() -> None:

@@ -14,6 +14,7 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.drivers.file import FileNode
 from qmpd.block.drivers.luks import create
 from qmpd.block.graph import Graph
+from qmpd.crypto.memory import KeyMemory
 from qmpd.errors import Error
 
 
@@ -39,7 +40,7 @@ def failing_graph(failing: Failing) -> Graph:
             failing.step()
             await super()._flush()
 
-    return Graph({**DRIVERS, "file": FailingFile}, secrets=lambda _: bytearray(b"pw"))
+    return Graph({**DRIVERS, "file": FailingFile}, secrets=lambda _: KeyMemory().copy_of(b"pw"))
 
 
 def options(path: Path) -> dict[str, Any]:

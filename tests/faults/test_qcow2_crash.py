@@ -23,6 +23,7 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.drivers.file import FileNode
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node
+from qmpd.crypto.memory import KeyMemory
 
 SECTOR = 512
 SIZE = 1 << 20
@@ -155,7 +156,7 @@ async def test_a_crash_leaves_leaks_at_worst(tmp_path: Path, options: str, snaps
         model[:] = base
     assert qemu_img("create", "-q", "-f", "qcow2", "-o", options, "d.qcow2", str(SIZE)).returncode == 0
     disk = Disk()
-    graph = Graph({**DRIVERS, "file": recording(disk)}, secrets=lambda _: bytearray())
+    graph = Graph({**DRIVERS, "file": recording(disk)}, secrets=lambda _: KeyMemory().take(0))
     reference: dict[str, Any] = {"driver": "file", "filename": str(tmp_path / "d.qcow2")}
     # With the smallest cache tables are written now and then without a flush.
     open_options = {
@@ -346,7 +347,7 @@ async def test_each_write_may_be_the_last(
     disk = Disk()
     disk.flushed.append((0, bytes(SIZE)))
     before = (tmp_path / "d.qcow2").read_bytes()
-    graph = Graph({**DRIVERS, "file": recording(disk)}, secrets=lambda _: bytearray())
+    graph = Graph({**DRIVERS, "file": recording(disk)}, secrets=lambda _: KeyMemory().take(0))
     file = {"driver": "file", "filename": str(tmp_path / "d.qcow2")}
     caches = {"l2-cache-size": 1024, "l2-cache-entry-size": 512}
     node = await graph.add({"driver": "qcow2", "node-name": "d", "discard": "unmap", "file": file, **caches})

@@ -20,6 +20,7 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.drivers.file import FileNode
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node, errno_error
+from qmpd.crypto.memory import KeyMemory
 from qmpd.errors import Error
 
 SECTOR = 512
@@ -136,7 +137,7 @@ async def test_an_error_does_no_harm(tmp_path: Path, options: str) -> None:
         model = bytearray(SIZE)
         path = create(tmp_path, options, SIZE)
         trouble = Trouble(number)
-        graph = Graph({**DRIVERS, "file": failing(trouble)}, secrets=lambda _: bytearray())
+        graph = Graph({**DRIVERS, "file": failing(trouble)}, secrets=lambda _: KeyMemory().take(0))
         file = {"driver": "file", "filename": str(path)}
         cache = {"l2-cache-size": 1024, "l2-cache-entry-size": 512}
         node = await graph.add(

@@ -11,6 +11,7 @@ import pytest
 
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
+from qmpd.crypto.memory import KeyMemory
 
 pytestmark = pytest.mark.peer("qemu-img", "qemu-io")
 
@@ -52,7 +53,7 @@ async def test_a_chain_reads_as_qemu_reads_it(tmp_path: Path, seed: int) -> None
     run("qemu-img", "convert", "-O", "raw", str(top), str(tmp_path / "flat"))
     mapped = json.loads(run("qemu-img", "map", "--output=json", str(top)))
 
-    graph = Graph(DRIVERS, secrets=lambda secret_id: bytearray())
+    graph = Graph(DRIVERS, secrets=lambda secret_id: KeyMemory().take(0))
     node = await graph.add(
         {
             "driver": "qcow2",

@@ -59,7 +59,7 @@ def unlocked(volume: Path, slot: int, *, detached: bool = False) -> tuple[Header
         key = unlock_slot(header, number, PASSWORD.encode(), data[offset : offset + length])
         assert (key is not None) == (number == slot)
         if key is not None:
-            cipher = SectorCipher(header.spec, key)
+            cipher = SectorCipher(header.spec, key.data)
     return header, cipher
 
 

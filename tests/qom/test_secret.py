@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.errors import Error
 from qmpd.qom import secret
-from qmpd.qom.secret import Secret, decode_base64
+from qmpd.qom.secret import Secret, check_utf8, decode_base64
 from qmpd.qom.tree import ObjectTree
 
 KEY = bytes(range(32))
@@ -45,13 +46,13 @@ def padded(plain: bytes) -> bytes:
 
 async def test_inline_data_are_the_passphrase(tree: ObjectTree) -> None:
     await add(tree, data="pässword")
-    assert tree.secret_bytes("s") == "pässword".encode()
+    assert tree.secret_bytes("s").data == "pässword".encode()
 
 
 async def test_a_file_is_the_passphrase_byte_for_byte(tree: ObjectTree, tmp_path: Path) -> None:
     (tmp_path / "pw").write_bytes(b"ab\0c\n")
     await add(tree, file=str(tmp_path / "pw"))
-    assert tree.secret_bytes("s") == b"ab\0c\n"
+    assert tree.secret_bytes("s").data == b"ab\0c\n"
 
 
 async def test_a_passed_descriptor_is_a_file(tree: ObjectTree) -> None:
@@ -61,7 +62,7 @@ async def test_a_passed_descriptor_is_a_file(tree: ObjectTree) -> None:
     await add(tree, file=f"/dev/fd/{reader}")
     writing.join()
     os.close(reader)
-    assert tree.secret_bytes("s") == b"through a pipe"
+    assert tree.secret_bytes("s").data == b"through a pipe"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ async def test_a_secret_under_a_master_key_is_decrypted_when_it_is_added(tree: O
         iv=base64.b64encode(IV).decode(),
     )
     tree.delete("key")
-    assert tree.secret_bytes("s") == PASSPHRASE.encode()
+    assert tree.secret_bytes("s").data == PASSPHRASE.encode()
     assert tree.get("s", "keyid") == "key"
 
 
@@ -153,12 +154,12 @@ async def test_a_secret_under_a_master_key_is_decrypted_when_it_is_added(tree: O
 )
 def test_base64_is_as_lenient_as_glib(text: str, decoded: bytes | None) -> None:
     result = decode_base64(text.encode())
-    assert len(result) == 8 if decoded is None else result == decoded
+    assert len(result) == 8 if decoded is None else result.data == decoded
 
 
 @given(st.binary())
 def test_proper_base64_comes_back(data: bytes) -> None:
-    assert decode_base64(base64.encodebytes(data)) == data
+    assert decode_base64(base64.encodebytes(data)).data == data
 
 
 @given(st.text("ABab01+/=\n"))
@@ -172,7 +173,7 @@ async def test_a_passphrase_must_be_text_but_a_key_need_not(tree: ObjectTree) ->
     with pytest.raises(Error) as error:
         tree.secret_bytes("s")
     assert refused(error) == "Data from secret s is not valid UTF-8"
-    assert tree.raw_secret("s") == b"\x80\x80\x80"
+    assert tree.raw_secret("s").data == b"\x80\x80\x80"
 
 
 # -- the value stays inside
@@ -188,7 +189,7 @@ async def test_the_value_can_never_be_read_back(tree: ObjectTree) -> None:
 async def test_setting_data_does_not_change_what_was_loaded(tree: ObjectTree) -> None:
     await add(tree, data=PASSPHRASE)
     tree.set("/objects/s", "data", "another")
-    assert tree.secret_bytes("s") == PASSPHRASE.encode()
+    assert tree.secret_bytes("s").data == PASSPHRASE.encode()
 
 
 async def test_no_repr_shows_the_value(tree: ObjectTree) -> None:
@@ -228,37 +229,53 @@ async def test_an_invalid_passphrase_is_in_no_chained_exception(tree: ObjectTree
     assert error.value.__cause__ is None
 
 
-async def test_the_buffer_is_wiped_when_the_secret_goes(
-    tree: ObjectTree, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wiped: list[bytes] = []
-    wipe = secret.wipe
-
-    def spy(buffer: bytearray) -> None:
-        before = bytes(buffer)
-        wipe(buffer)
-        assert not any(buffer)
-        wiped.append(before)
-
-    monkeypatch.setattr(secret, "wipe", spy)
+async def test_the_buffer_is_wiped_when_the_secret_goes(tree: ObjectTree) -> None:
     await add(tree, data=PASSPHRASE)
+    found = tree.objects.children["s"]
+    assert isinstance(found, Secret)
+    value = found._value
+    assert value is not None
+    assert value.data == PASSPHRASE.encode()
     tree.delete("s")
-    assert wiped == [PASSPHRASE.encode()]
+    assert value.data == bytes(len(PASSPHRASE))
 
 
 async def test_who_uses_a_secret_gets_a_copy_to_wipe(tree: ObjectTree) -> None:
     await add(tree, data=PASSPHRASE)
-    secret.wipe(tree.secret_bytes("s"))
-    assert tree.secret_bytes("s") == PASSPHRASE.encode()
+    with tree.secret_bytes("s") as copy:
+        assert copy.data == PASSPHRASE.encode()
+    assert copy.data == bytes(len(PASSPHRASE))
+    assert tree.secret_bytes("s").data == PASSPHRASE.encode()
+
+
+@given(st.binary(max_size=8) | st.text(max_size=8).map(lambda text: text.encode()))
+def test_text_is_what_python_decodes(data: bytes) -> None:
+    try:
+        data.decode()
+        is_text = True
+    except UnicodeDecodeError:
+        is_text = False
+    try:
+        check_utf8("s", KeyMemory().copy_of(data))
+        taken = True
+    except Error:
+        taken = False
+    assert taken == is_text
+
+
+async def test_a_long_key_in_base64_is_decoded(tree: ObjectTree) -> None:
+    key = os.urandom(100_001)
+    await add(tree, data=base64.encodebytes(key).decode(), format="base64")
+    assert tree.raw_secret("s").data == key
 
 
 async def test_a_secret_deleted_while_it_loads_is_wiped(
     tree: ObjectTree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def read(path: str) -> bytearray:
+    def read(path: str, memory: KeyMemory) -> KeyBuffer:
         loop.call_soon_threadsafe(tree.delete, "s")
         gone.wait()
-        return bytearray(PASSPHRASE.encode())
+        return memory.copy_of(PASSPHRASE.encode())
 
     loop = asyncio.get_running_loop()
     gone = threading.Event()

@@ -14,6 +14,7 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.drivers.qcow2.header import INCOMPATIBLE_POSITION
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node
+from qmpd.crypto.memory import KeyMemory
 from qmpd.errors import Error
 
 CLUSTER = 65536
@@ -45,7 +46,7 @@ def telling() -> tuple[Graph, Told]:
     def corrupted(node: Node, message: str, offset: int, size: int, fatal: bool) -> None:
         told.append((message, offset, size, fatal))
 
-    return Graph(DRIVERS, secrets=lambda _: bytearray(), corrupted=corrupted), told
+    return Graph(DRIVERS, secrets=lambda _: KeyMemory().take(0), corrupted=corrupted), told
 
 
 UNALIGNED_DATA = "Cluster allocation offset 0x50200 unaligned (L2 offset: 0x40000, L2 index: 0)"

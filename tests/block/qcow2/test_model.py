@@ -37,6 +37,7 @@ from qmpd.block.drivers.file import FileNode
 from qmpd.block.graph import Graph
 from qmpd.block.permissions import Permission
 from qmpd.block.reopening import reopen
+from qmpd.crypto.memory import KeyMemory
 
 SECTOR = 512
 #: The largest disk, in sectors; with the smallest clusters it has many L2 tables.
@@ -86,7 +87,7 @@ class Model(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.scratch = tempfile.TemporaryDirectory()
         self.directory = Path(self.scratch.name)
-        self.graph = Graph({**DRIVERS, "file": QuickFile}, secrets=lambda _: bytearray())
+        self.graph = Graph({**DRIVERS, "file": QuickFile}, secrets=lambda _: KeyMemory().take(0))
         self.backend: Backend | None = None
         self.array = bytearray()
         self.layer = 0

@@ -47,8 +47,7 @@ async def make_header(graph: Graph, options: Mapping[str, Any]) -> CryptoHeader 
     :raise Error: in QEMU's words.
     """
     if options["format"] == "qcow":
-        password = luks_header.password_for(graph, options, PREFIX)
-        password[:] = bytes(len(password))
+        luks_header.password_for(graph, options, PREFIX).wipe()
         return None
     header, plan = await luks_header.make(graph, luks_header.spec_for(options, PREFIX), options)
     # The order in which they reach the storage does not matter: the image is none before all are there.
@@ -97,15 +96,11 @@ class DataCipher:
         :param options: BlockdevQcow2Encryption.
         :raise Error: if there is no password.
         """
-        key = bytearray(_AES.key_bytes)
-        password = luks_header.password_for(graph, options, PREFIX)
-        try:
+        memory = graph.key_memory
+        with luks_header.password_for(graph, options, PREFIX) as password, memory.take(_AES.key_bytes) as key:
             taken = min(len(key), len(password))
-            key[:taken] = memoryview(password)[:taken]
-            return cls(TiledCipher(SectorCipher(_AES, key), graph.cipher_pool))
-        finally:
-            key[:] = bytes(len(key))
-            password[:] = bytes(len(password))
+            key.data[:taken] = password.data[:taken]
+            return cls(TiledCipher(SectorCipher(_AES, key.data, memory=memory), graph.cipher_pool))
 
     def close(self) -> None:
         """Wipe the key.  May be called again."""
