@@ -36,6 +36,8 @@ from qmpd.block.node import Node
 from qmpd.block.permissions import Permission
 from qmpd.crypto import kdf
 from qmpd.crypto.luks1 import SECTOR, slot_extent
+from qmpd.crypto.memory import KeyMemory
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 from qmpd.jobs import Job, Jobs, State
 
@@ -261,14 +263,16 @@ def test_a_daemon_without_working_storage_says_so_and_changes_nothing(
 # -- in this process
 
 
-def quick(*_: Any) -> int:
+def quick(*_: Any, **__: Any) -> Steps[int]:
+    """Calibration that takes no time."""
+    yield
     return kdf.MIN_ITERATIONS
 
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> Graph:
-    monkeypatch.setattr(kdf, "calibrate", quick)
-    return Graph(DRIVERS, secrets=lambda name: bytearray(name.encode()))
+    monkeypatch.setattr(kdf, "calibrating", quick)
+    return Graph(DRIVERS, secrets=lambda name: KeyMemory().copy_of(name.encode()))
 
 
 async def change(node: Node, options: dict[str, Any], *, force: bool = False) -> None:
@@ -324,14 +328,14 @@ async def test_a_header_that_somebody_else_writes_is_left_alone(
         "gone": b"",
     }[what]
 
-    def interfere(*_: Any) -> int:
+    def interfering(*_: Any) -> Steps[int]:
         header.path.write_bytes(stranger)
-        return kdf.MIN_ITERATIONS
+        return (yield from quick())
 
     if when == "before":
-        interfere()
+        header.path.write_bytes(stranger)
     else:
-        monkeypatch.setattr(kdf, "calibrate", interfere)
+        monkeypatch.setattr(kdf, "calibrating", interfering)
     if (what, when) == ("changed", "before"):
         # It is still this disk's; what is in use is known now, and stays.
         await change(node, adding("a"))
@@ -342,7 +346,7 @@ async def test_a_header_that_somebody_else_writes_is_left_alone(
         assert header.area == stranger
     await node.pwrite(0, b"guest" * 100)
     header.path.write_bytes(area)
-    monkeypatch.setattr(kdf, "calibrate", quick)
+    monkeypatch.setattr(kdf, "calibrating", quick)
     await change(node, adding("b", 3))
     assert header.opened() == {"base", "b"}
     await graph.close()
