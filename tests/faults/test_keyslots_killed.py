@@ -40,7 +40,7 @@ from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 KILLS = 200
-KILLS_OF_REAL_DAEMONS = 6
+KILLS_OF_REAL_DAEMONS = 4
 CLIENTS = 3
 SEED = 5
 
@@ -237,7 +237,7 @@ def killed(pid: int, reader: int, chance: random.Random, *, writing: bool) -> st
             journal += received
         time.sleep(chance.uniform(0.0, 0.003))
     else:
-        time.sleep(chance.uniform(0.0, 0.08))
+        time.sleep(chance.uniform(0.0, 0.05))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with os.fdopen(reader, "rb") as rest:
