@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 import pytest
@@ -66,8 +65,9 @@ async def test_a_failed_job_says_why(
     async def fail(job: Job) -> None:
         raise failure
 
-    with caplog.at_level(logging.CRITICAL):
-        await watch.jobs.start("j", "create", fail).wait()
+    await watch.jobs.start("j", "create", fail).wait()
+    assert "secret bytes" not in caplog.text
+    assert ("job j failed unexpectedly\nTraceback" in caplog.text) == (text == "Internal error")
     assert watch.seen == ["created", "running", "aborting", "concluded"]
     [info] = watch.jobs.query()
     assert info["error"] == text

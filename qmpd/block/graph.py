@@ -57,7 +57,7 @@ def _backing_failures() -> Iterator[None]:
     try:
         yield
     except Error as error:
-        raise Error(_BACKING_FAILED + error.desc) from None
+        raise Error(_BACKING_FAILED + error.desc, error.hint) from None
 
 
 class _Section:
@@ -301,7 +301,7 @@ class Graph:
             try:
                 overlay = await self._open_backing(overlay, seen)
             except Error as error:
-                raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc) from None
+                raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc, error.hint) from None
             if overlay is not None:
                 followed.append(overlay)
         # An image's name depends on whether the one behind it is the one that it names itself.
@@ -566,6 +566,11 @@ class Graph:
         turn = self._turns.setdefault(what, asyncio.Lock())
         async with turn:
             yield
+
+    def has_turn(self, what: Hashable) -> bool:
+        """Whether somebody is in a `turn` for this."""
+        turn = self._turns.get(what)
+        return turn is not None and turn.locked()
 
     def swap_child(self, parent: Node, role: str, child: Node | None, change: Change) -> None:
         """Put `child` (or nothing) below `parent` in place of what is there in this role.

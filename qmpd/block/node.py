@@ -170,6 +170,12 @@ class Node(ABC):
         self.node_options = node_options
         self.read_only = node_options.read_only
 
+    def check_amend(self) -> None:  # noqa: B027 - for most drivers nobody stands in the way
+        """See that nobody who uses the image stands in the way of `amend`, as things are now.
+
+        :raise Error: it says who does, or what the lock is that can't be had.
+        """
+
     async def amend(
         self,
         options: Mapping[str, Any],

@@ -62,6 +62,7 @@ def blockdev_amend(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
         arguments["job-id"],
         "amend",
         lambda job: amend(node, options, force=force, progress=job.report_progress, commit=job.commit),
+        check=node.check_amend,
     )
     return {}
 

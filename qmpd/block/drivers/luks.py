@@ -141,6 +141,10 @@ class LuksNode(KeyslotHolder):
         """A copy of what the cipher has."""
         return luks1.VolumeKey(self._active_cipher.cipher.copy_key())
 
+    def check_amend(self) -> None:
+        """Nobody else may have the header open."""
+        keyslots.check_access(self)
+
     async def amend(
         self,
         options: Mapping[str, Any],
