@@ -74,6 +74,17 @@ async def test_a_failed_job_says_why(
     assert info["current-progress"] == 1
 
 
+async def test_a_job_that_has_no_chance_never_runs_and_leaves_its_id_free(watch: Watch) -> None:
+    def refuse() -> None:
+        raise Error("somebody is in the way")
+
+    with pytest.raises(Error, match="^somebody is in the way$"):
+        watch.jobs.start("j", "amend", nothing, check=refuse)
+    assert watch.seen == ["created", "null"]
+    assert watch.jobs.query() == []
+    await watch.jobs.start("j", "amend", nothing).wait()
+
+
 @pytest.mark.parametrize("job_id", ["", "1j", "j j", "é"])
 async def test_job_ids_are_identifiers(watch: Watch, job_id: str) -> None:
     with pytest.raises(Error) as error:

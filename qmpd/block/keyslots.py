@@ -289,7 +289,7 @@ async def _activation(
     slots = await _slots_to_activate(holder, header, options, force)
     iter_time = options.get("iter-time", luks_header.DEFAULT_ITER_TIME)
     with (
-        await _volume_key(holder, header, options.get("secret", holder.opened_with), force) as key,
+        await _volume_key(holder, header, options.get("secret"), force) as key,
         graph.secrets(options["new-secret"]) as password,
     ):
         iterations = await graph.in_key_thread(kdf.calibrating(header.hash_name, iter_time, header.key_bytes))
@@ -323,7 +323,7 @@ async def _erasure(
     holder: KeyslotHolder, header: luks1.Header, sectors: bytes, options: Mapping[str, Any], force: bool
 ) -> tuple[luks1.Header, Plan]:
     """Erase the slots that the options mean."""
-    for member in ("new-secret", "iter-time"):
+    for member in ("new-secret", "iter-time", "secret"):
         if member in options:
             raise Error(f"'{member}' must not be given when erasing keyslots")
     if "keyslot" in options:
@@ -356,7 +356,8 @@ async def _erasure(
 
 def _checked(slot: int, *, unsigned: bool = False) -> int:
     if not 0 <= slot < luks1.SLOTS:
-        shown = slot & 0xFFFFFFFF if unsigned else slot
+        # A number is never cut to 32 bits, so that 2^32 would mean slot 0, as it does in QEMU.
+        shown = slot + (1 << 32) if unsigned and -(1 << 31) <= slot < 0 else slot
         raise Error(f"Invalid keyslot {shown} specified, must be between 0 and {luks1.SLOTS - 1}")
     return slot
 
@@ -388,12 +389,18 @@ async def _slots_opened(
 
 
 async def _volume_key(
-    holder: KeyslotHolder, header: luks1.Header, secret: str, force: bool
+    holder: KeyslotHolder, header: luks1.Header, secret: str | None, force: bool
 ) -> luks1.VolumeKey:
-    """The volume key: whoever adds a key has to know one, as in QEMU; with `force` it need not be so."""
+    """The volume key: whoever adds a key has to know one, as in QEMU; with `force` it need not be so.
+
+    :param secret: what the client has named, which has to be there in any case, or None.
+    """
     graph = holder.graph
+    if secret is not None:
+        with graph.secrets(secret):
+            pass
     try:
-        with graph.secrets(secret) as password:
+        with graph.secrets(holder.opened_with if secret is None else secret) as password:
             return await luks_header.find_key(graph, holder.header_area, header, password)
     except Error:
         if not force:
