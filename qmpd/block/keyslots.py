@@ -12,8 +12,13 @@ this daemon are no obstacle: they need the header's node for nothing meanwhile,
 so they let go of it until the change is over, and then know the new slots.
 
 The header is read again for each change, because somebody else may have changed
-slots since the node was opened.  What a plan is to overwrite is read before it is
-carried out, and put back if a write fails.
+slots since the node was opened.  It is looked at once more when the first write is
+due, because the derivation of a key takes time, and not everybody asks for locks.
+
+If a write fails, the plan is undone step by step, the last one first, for each
+state on the way there is one in which a passphrase opens the disk.  Where that
+fails too, it stops in such a state.  In any case the nodes know afterwards what
+the storage has.
 
 Source: LUKS On-Disk Format Specification 1.2.3, sections 4.1 to 4.3.  The rules
 and the texts of refusals are QEMU's.
@@ -24,7 +29,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +38,7 @@ from qmpd.block import luks_header
 from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder, holders_beside
 from qmpd.block.luks_header import HeaderArea
 from qmpd.crypto import kdf, luks1, luks1_keyslots
+from qmpd.crypto.luks1 import SECTOR
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
 from qmpd.crypto.plan import Plan, Write
 from qmpd.errors import Error
@@ -41,6 +47,12 @@ if TYPE_CHECKING:
     from qmpd.block.graph import Graph
 
 _LOG: Final = logging.getLogger(__name__)
+
+#: What is said if a header can't be written; what QEMU says of a luks volume.
+WRITE_FAILURE: Final = "Could not write encryption header"
+
+#: What is added if that could not be undone.
+NOT_UNDONE: Final = "the keyslots could not be put back as they were"
 
 
 async def amend(
@@ -52,15 +64,15 @@ async def amend(
     :param force: slots in use may be overwritten, and the last one erased; and if no passphrase is at
         hand that opens the volume any more, the volume key in memory will do.
     :param commit: is called when nothing but writing is left: from there on it can't be cancelled.
-    :raise Error: in QEMU's words; then nothing has changed.
-    :raise OSError: what the storage says; then all is as before, if the storage let us put it back.
+    :raise Error: in QEMU's words; then all is as before, if the storage let us put it back.
     """
     async with exclusive(holder) as access:
         header, sectors = await read_again(holder)
         plan_change = _activation if options["state"] == "active" else _erasure
         header, plan = await plan_change(holder, header, sectors, options, force)
+        _check_extents(holder, header, plan)
         commit()
-        await access.carry_out(plan)
+        await access.carry_out(plan, expected=sectors)
         access.announce(header)
 
 
@@ -75,39 +87,112 @@ class Access:
         self._holder = holder
         self._others = others
 
-    async def carry_out(self, plan: Plan) -> None:
-        """Write what a plan says; if that fails, put back what was there.
+    async def carry_out(self, plan: Plan, *, expected: bytes | None = None) -> None:
+        """Write what a plan says; if that fails, undo what has been done.
 
-        :raise OSError: what the storage says.
+        :param expected: what is at the header's beginning, if the plan relies on it.
+        :raise Error: what the storage says, and whether not all could be undone.
         """
         area = self._holder.header_area
         if self._holder.read_only:
             # QEMU says so when it has done everything but writing.
             raise Error(f"{area.failure}: {os.strerror(errno.EPERM)}")
         # Nobody reopens or replaces the nodes below meanwhile.
-        async with self._holder.graph.change() as change:
-            before: dict[int, bytes] = {}
-            for step in plan:
-                if isinstance(step, Write) and len(before.get(step.offset, b"")) < len(step.data):
-                    before[step.offset] = bytes(await area.read(step.offset, len(step.data)))
-            change.on_failure(_put_back, area, before)
-            for step in plan:
-                if isinstance(step, Write):
-                    await area.write(step.offset, step.data)
-                else:
-                    await area.node.flush()
+        async with self._holder.graph.change():
+            if expected is not None and await area.read(0, len(expected)) != expected:
+                raise Error("The LUKS header has been changed by somebody else meanwhile")
+            overwritten: list[tuple[int, bytes]] = []
+            try:
+                for step in plan:
+                    if isinstance(step, Write):
+                        overwritten.append((step.offset, bytes(await area.read(step.offset, len(step.data)))))
+                        await area.write(step.offset, step.data)
+                    else:
+                        await area.node.flush()
+            except BaseException as error:
+                undone = await _undo(area, overwritten)
+                await self._read_back()
+                if not isinstance(error, OSError | Error):
+                    raise
+                reason = error.desc if isinstance(error, Error) else f"{WRITE_FAILURE}: {error.strerror}"
+                raise Error(reason if undone else f"{reason}; {NOT_UNDONE}") from None
 
     def announce(self, header: luks1.Header) -> None:
         """Tell all holders what the header is now."""
         for holder in (self._holder, *self._others):
             holder.luks_header = header
 
+    async def _read_back(self) -> None:
+        """Tell all holders what the storage has, if it can be read."""
+        try:
+            header, _ = await _read_again(self._holder)
+        except Error as error:
+            _LOG.warning("the header of node '%s' can't be read: %s", self._holder.name, error.desc)
+        else:
+            self.announce(header)
 
-async def _put_back(area: HeaderArea, before: Mapping[int, bytes]) -> None:
-    """Write what was there before a plan that failed: key material first, what says that it counts last."""
-    for offset in sorted(before, reverse=True):
-        await area.write(offset, before[offset])
-        await area.node.flush()
+
+async def _undo(area: HeaderArea, overwritten: Sequence[tuple[int, bytes]]) -> bool:
+    """Go back the way that a plan came, as far as the storage allows; whether that was all of it.
+
+    :param overwritten: what each write, in their order, has overwritten: the offset, and what was there.
+    """
+    complete = True
+    for offset, data in reversed(overwritten):
+        try:
+            await _put_back(area, offset, data)
+        except (OSError, Error) as error:
+            # What would come next relies on this one.
+            _LOG.error("a change of keyslots could not be undone: %s", error)
+            return False
+        try:
+            await area.node.flush()
+        except OSError as error:
+            # To stop here would leave more of the change, and nothing that is more certain.
+            _LOG.error("the undoing of a change of keyslots could not be flushed: %s", error.strerror)
+            complete = False
+    return complete
+
+
+async def _put_back(area: HeaderArea, offset: int, data: bytes) -> None:
+    """Write those sectors of `data` that differ: on a full disk the others may still have no room."""
+    try:
+        present = bytes(await area.read(offset, len(data)))
+    except Error:
+        await area.write(offset, data)
+        return
+    start = 0
+    while start < len(data):
+        end = start
+        while data[end : end + SECTOR] != present[end : end + SECTOR]:
+            end += SECTOR
+        if end > start:
+            await area.write(offset + start, data[start : min(end, len(data))])
+        start = end + SECTOR
+
+
+def _check_extents(holder: KeyslotHolder, header: luks1.Header, plan: Plan) -> None:
+    """See that a plan keeps within the header and its key area.
+
+    A detached header is not held against a payload when it is read, and says itself where its slots are.
+
+    :raise Error: if it does not.
+    """
+    area = holder.header_area
+    if header.payload_offset:
+        end = header.payload_offset * SECTOR
+    else:
+        # It may have been cut off behind the last slot in use.
+        usual = luks1.new_header(header.spec, header.hash_name, detached=True)
+        end = max(area.node.size, usual.header_length())
+    if area.length is not None:
+        end = min(end, area.length)
+    for step in plan:
+        if not isinstance(step, Write) or step.offset + len(step.data) <= HEADER_SECTORS_BYTES:
+            continue
+        if step.offset + len(step.data) > end:
+            slot = [keyslot.key_offset for keyslot in header.slots].index(step.offset // SECTOR)
+            raise Error(f"Keyslot {slot} ends behind the LUKS header's key area, at byte {end}")
 
 
 # -- sole access
@@ -156,12 +241,12 @@ def _sole_access(holder: KeyslotHolder) -> Iterator[Access]:
     finally:
         for node in (holder, *others):
             node.header_access = HeaderAccess.ORDINARY
-        try:
-            graph.settle(holder, *beside)
-            graph.settle(*elsewhere)
-        except Error as error:
-            # Another process has taken a lock in the moment between.
-            _LOG.warning("a node could not take its permissions on a LUKS header again: %s", error.desc)
+        for nodes in ([holder, *beside], elsewhere):
+            try:
+                graph.settle(*nodes)
+            except Error as error:
+                # Another process has taken a lock in the moment between.
+                _LOG.warning("a node could not take its permissions on a LUKS header again: %s", error.desc)
 
 
 def _set_access(graph: Graph, holders: list[KeyslotHolder], access: HeaderAccess) -> None:

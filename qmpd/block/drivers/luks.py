@@ -102,7 +102,8 @@ class LuksNode(KeyslotHolder):
         if role != self.header_role:
             return perm, shared
         if self.header_access is HeaderAccess.EXCLUSIVE:
-            perm |= Permission.WRITE
+            # A file may end before the first key of a slot that nobody has used yet.
+            perm |= Permission.WRITE | Permission.RESIZE
         return self.header_access.permissions(perm, shared)
 
     def format_specific(self) -> dict[str, Any] | None:
