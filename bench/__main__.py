@@ -1,7 +1,7 @@
 """``python -m bench``: qmpd beside its peers, as Markdown tables.
 
-The suites are the monitor (bench/monitor.py) and the data path
-(bench/data_path.py).  With --write their results also go into the documents.
+The suites are the monitor (bench/monitor.py), the data path
+(bench/data_path.py) and unlocking (bench/unlock.py).  With --write their results also go into the documents.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
 
-from bench import data_path, document, monitor
+from bench import data_path, document, monitor, unlock
 from bench.chains import CHAINS, NBDKIT
 from bench.nbd_servers import nbdkit
 from bench.servers import QMPD, STORAGE_DAEMON, Program, qmpd, storage_daemon
 from bench.table import machine
 
-SUITES: Final = ("monitor", "data-path")
+SUITES: Final = ("monitor", "data-path", "unlock")
 
 #: The peers in the order of the tables' columns; qmpd comes last.
 PEERS: Final = (STORAGE_DAEMON, NBDKIT)
@@ -44,6 +44,8 @@ def main() -> int:
         run_monitor(programs, arguments)
     if "data-path" in arguments.only:
         run_data_path(programs, arguments)
+    if "unlock" in arguments.only:
+        run_unlock(programs, arguments)
     return 0
 
 
@@ -124,6 +126,21 @@ def run_data_path(programs: Sequence[Program], arguments: argparse.Namespace) ->
         from bench import plot  # matplotlib is wanted for this alone
 
         plot.draw(results, peers, file)
+
+
+def run_unlock(programs: Sequence[Program], arguments: argparse.Namespace) -> None:
+    """Compare unlocking with the daemons' and with the programs that do it once."""
+    daemons = [program for program in programs if program.name != NBDKIT]
+    settings = unlock.QUICK if arguments.quick else unlock.Settings()
+    if arguments.rounds is not None:
+        settings = replace(settings, rounds=arguments.rounds)
+    samples = unlock.run(daemons, settings)
+    peers = [peer for peer in unlock.PEERS if shutil.which(peer)]
+    table = samples.markdown(QMPD, peers, spread=True)
+    table = f"{table}\n\n{machine(versions(daemons), used='all used')} {settings.rounds} rounds."
+    print(f"## Unlocking\n\n{table}\n", flush=True)
+    if arguments.write:
+        document.write_unlock(table)
 
 
 def versions(programs: Sequence[Program]) -> list[str]:

@@ -44,6 +44,11 @@ def write_monitor(table: str) -> None:
     _write(README, "monitor", table)
 
 
+def write_unlock(table: str) -> None:
+    """Put the table of unlocking into docs/benchmarks.md."""
+    _write(BENCHMARKS, "unlock", table)
+
+
 def write_data_path(tables: str, aims: str) -> None:
     """Put the data path's tables into docs/benchmarks.md and the aims into docs/performance.md."""
     _write(BENCHMARKS, "data path", tables)

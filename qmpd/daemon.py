@@ -62,6 +62,8 @@ class Daemon:
         self.schema = load(schema_directory())
         self._events = EventThrottle(self._tell)
         key_memory = KeyMemory()
+        #: Whether the system lets keys be locked in memory, so that they are never written to swap.
+        self.locks_keys = key_memory.take(1).locked
         self._objects = ObjectTree(self.schema, key_memory)
         self._graph = Graph(
             DRIVERS,

@@ -35,7 +35,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-from qmpd.errors import Error
+from qmpd.errors import Error, trace
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -147,6 +147,8 @@ class Job:
         self._counts_itself = False
         self._started = False
         self._committed = False
+        #: What is done when it is forgotten.
+        self.farewell: Callable[[], None] = lambda: None
         self._may_run = asyncio.Event()
         self._may_run.set()
         self._task: asyncio.Task[None] | None = None
@@ -195,10 +197,21 @@ class Job:
         assert state in NEXT[self.state], f"a job goes from {self.state} to {state}"
         self.state = state
         self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": str(state)})
+        if state is State.NULL:
+            self.farewell()
 
-    def start(self, body: Body) -> None:
-        """Begin with the work, once the present command has been answered."""
+    def start(self, body: Body, check: Callable[[], None] | None = None) -> None:
+        """Begin with the work, once the present command has been answered.
+
+        :raise Error: what `check` raises.
+        """
         self.enter(State.CREATED)
+        if check is not None:
+            try:
+                check()
+            except BaseException:
+                self.enter(State.NULL)
+                raise
         self.enter(State.RUNNING)
         self._task = asyncio.get_running_loop().create_task(self._run(body), name=f"job {self.id}")
 
@@ -213,9 +226,9 @@ class Job:
             self.error = error.desc
         except OSError as error:
             self.error = error.strerror or str(error)
-        except Exception:
-            # A fault of ours.  Its text is for the log: it may hold anything.
-            _LOG.exception("job %s failed unexpectedly", self.id)
+        except Exception as error:
+            # A fault of ours.  Its text may hold anything, a secret too.
+            _LOG.error("job %s failed unexpectedly\n%s", self.id, trace(error))
             self.error = "Internal error"
         if not self._counts_itself:
             self.current_progress = self.total_progress
@@ -297,10 +310,12 @@ class Jobs:
         *,
         auto_finalize: bool = True,
         auto_dismiss: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> Job:
         """Make a job and begin with its work.
 
-        :raise Error: if the id is not well-formed or not free.
+        :param check: raises Error if the work can't begin; then the job is gone at once.
+        :raise Error: if the id is not well-formed or not free, or what `check` raises.
         """
         if not _IDENTIFIER.fullmatch(job_id):
             raise Error(f"Invalid job ID '{job_id}'")
@@ -309,7 +324,7 @@ class Jobs:
         job = Job(job_id, type_, self._emit, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
         self._by_id.pop(job_id, None)
         self._by_id[job_id] = job
-        job.start(body)
+        job.start(body, check)
         return job
 
     def all(self) -> list[Job]:

@@ -22,9 +22,7 @@ from daemons import CommandError, RunningDaemon
 KINDS: Final = ("luks", "detached", "qcow2")
 
 PASSPHRASES: Final = ("first", "second", "third", "fourth", "fifth")
-SECRETS: Final = tuple(
-    word for name in PASSPHRASES for word in ("--object", f"secret,id={name},data={name}")
-)
+SECRETS: Final = tuple(word for name in PASSPHRASES for word in ("--object", f"secret,id={name},data={name}"))
 
 #: Which slot has which passphrase.
 Slots = Mapping[int, str]
@@ -85,7 +83,7 @@ class Disk:
     # -- made by various programs, with the first passphrase in slot 0
 
     def make(self, maker: str) -> None:
-        """Make it with `qemu` (its image or storage daemon) or `cryptsetup`; `made_by` is for qmpd."""
+        """Make it with `qemu` (its image or storage daemon) or `cryptsetup`."""
         {"qemu": self._make_with_qemu, "cryptsetup": self.make_with_cryptsetup}[maker]()
 
     def _make_with_qemu(self) -> None:
@@ -141,7 +139,11 @@ class Disk:
         for path in {made} if self.kind == "qcow2" else {self.image, self.header}:
             with path.open("wb") as empty:
                 empty.truncate(SIZE if path == self.image != self.header else (4 << 20))
-        where = {"luks": ["disk.img"], "detached": ["--header", "header.img", "disk.img"], "qcow2": ["made.img"]}
+        where = {
+            "luks": ["disk.img"],
+            "detached": ["--header", "header.img", "disk.img"],
+            "qcow2": ["made.img"],
+        }
         run(
             self.directory,
             *("cryptsetup", "luksFormat", "--type", "luks1", *CHEAP, "--key-slot", str(slot), *options),
@@ -197,7 +199,8 @@ class Disk:
         :param words: the options, then what follows the image.
         """
         name = self.shown_to_cryptsetup()
-        run(self.directory, "cryptsetup", action, *CHEAP, name, *words)
+        cost = CHEAP if action in ("luksAddKey", "luksChangeKey") else CHEAP[:1]
+        run(self.directory, "cryptsetup", action, *cost, name, *words)
         if self.kind == "qcow2":
             self.put_header((self.directory / name).read_bytes())
 
@@ -250,17 +253,22 @@ class Disk:
             commands += ["-c", f"open -r -U -o {image}", "-c", read, "-c", "close"]
         said = tried(self.directory, "qemu-io", *SECRETS, *commands)
         assert "verification failed" not in said.stdout, said.stdout
-        opened = {lengths[int(length)] for length in re.findall(r"^read (\d+)/\1 bytes", said.stdout, re.MULTILINE)}
+        opened = {
+            lengths[int(length)] for length in re.findall(r"^read (\d+)/\1 bytes", said.stdout, re.MULTILINE)
+        }
         assert said.stderr.count(WRONG) == len(PASSPHRASES) - len(opened), said.stderr
         return opened
 
 
 def run_amend(
-    daemon: RunningDaemon, node: str, options: Mapping[str, Any], *, command: str = "x-blockdev-amend", **more: Any
+    daemon: RunningDaemon, node: str, options: Mapping[str, Any], *, force: bool | None = None
 ) -> str | None:
     """Amend a node; return the error of the command or of its job, or None if all went well."""
+    arguments = {"job-id": "amend", "node-name": node, "options": options}
+    if force is not None:
+        arguments["force"] = force
     try:
-        daemon.execute(command, {"job-id": "amend", "node-name": node, "options": options, **more})
+        daemon.execute("x-blockdev-amend", arguments)
     except CommandError as error:
         return error.desc
     daemon.monitor.wait_event("JOB_STATUS_CHANGE", id="amend", status="concluded")
@@ -305,7 +313,8 @@ class Keyring:
     def reads_pattern(self) -> None:
         """The node reads what was written."""
         said = self.daemon.qemu_io(self.node, f"read -P {PATTERN} 0 4096")
-        assert said.startswith("read 4096/4096 bytes") and "failed" not in said, said
+        assert said.startswith("read 4096/4096 bytes"), said
+        assert "failed" not in said, said
 
     def change(self, becomes: Slots, *, force: bool | None = None, **members: Any) -> None:
         """Amend, and have it judged: the header is accepted and opens with exactly these passphrases."""
@@ -327,8 +336,7 @@ class Keyring:
     def _amend(self, force: bool | None, members: Mapping[str, Any]) -> str | None:
         if members["state"] == "active":
             members = {"iter_time": ITER_TIME, **members}
-        more = {} if force is None else {"force": force}
-        return run_amend(self.daemon, self.node, self.disk.amend_options(**members), **more)
+        return run_amend(self.daemon, self.node, self.disk.amend_options(**members), force=force)
 
     def known_slots(self) -> list[int]:
         """The slots in use, as the daemon tells them."""

@@ -57,6 +57,14 @@ def create(directory: Path, options: str, size: int, *, backing: str | None = No
     return directory / "d.qcow2"
 
 
+def create_over(directory: Path, options: str, size: int, base: bytes) -> tuple[Path, bytearray]:
+    """An image, and what a guest finds in it: `base` (in a raw backing image), then zeroes."""
+    if base:
+        (directory / "base.raw").write_bytes(base)
+    path = create(directory, options, size, backing="base.raw" if base else None)
+    return path, bytearray(base.ljust(size, b"\0"))
+
+
 async def attach(graph: Graph, path: Path, *, write: bool = True, **options: Any) -> Backend:
     """Open an image, and use it as a guest does."""
     node: Node = await graph.add(

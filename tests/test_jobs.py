@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 import pytest
@@ -66,12 +65,24 @@ async def test_a_failed_job_says_why(
     async def fail(job: Job) -> None:
         raise failure
 
-    with caplog.at_level(logging.CRITICAL):
-        await watch.jobs.start("j", "create", fail).wait()
+    await watch.jobs.start("j", "create", fail).wait()
+    assert "secret bytes" not in caplog.text
+    assert ("job j failed unexpectedly\nTraceback" in caplog.text) == (text == "Internal error")
     assert watch.seen == ["created", "running", "aborting", "concluded"]
     [info] = watch.jobs.query()
     assert info["error"] == text
     assert info["current-progress"] == 1
+
+
+async def test_a_job_that_has_no_chance_never_runs_and_leaves_its_id_free(watch: Watch) -> None:
+    def refuse() -> None:
+        raise Error("somebody is in the way")
+
+    with pytest.raises(Error, match="^somebody is in the way$"):
+        watch.jobs.start("j", "amend", nothing, check=refuse)
+    assert watch.seen == ["created", "null"]
+    assert watch.jobs.query() == []
+    await watch.jobs.start("j", "amend", nothing).wait()
 
 
 @pytest.mark.parametrize("job_id", ["", "1j", "j j", "é"])

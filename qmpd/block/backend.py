@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -38,6 +38,7 @@ class Backend:
     :param qdev: the device that it belongs to, as messages and `query-block` name
         it: a QOM path, or an id.
     :param device_id: the id under which commands find the device.
+    :param is_jobs: it belongs to a job.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Backend:
         device_id: str | None = None,
         perm: Permission = Permission.CONSISTENT_READ,
         shared: Permission = Permission.everything(),  # noqa: B008 - an enum's member never changes
+        is_jobs: bool = False,
     ) -> None:
         self.graph = graph
+        self.is_jobs = is_jobs
         self.name = name
         self.qdev = qdev
         self.device_id = device_id
@@ -154,7 +157,7 @@ class Backend:
         took = perf_counter_ns() - started
         for (_, length), done in zip(requests, served, strict=True):
             if done:
-                self._succeeded("rd", length, took)
+                self.succeeded("rd", length, took)
         return served
 
     async def pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
@@ -164,8 +167,8 @@ class Backend:
         took = perf_counter_ns() - started
         for number, ((_, data), failure) in enumerate(zip(writes, outcomes, strict=True)):
             if failure is None:
-                self._succeeded("wr", len(data), took)
-            elif self._failed("wr", len(data), took, failure):
+                self.succeeded("wr", len(data), took)
+            elif self.failed("wr", len(data), took, failure):
                 outcomes[number] = None
         return outcomes
 
@@ -204,6 +207,15 @@ class Backend:
         """
         await self._run(None, 0, self.node.truncate(size, preallocation), 0)
 
+    async def run(self, request: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do something else with the node, as one request: drained sections wait for its end.
+
+        :raise OSError: as `pread`, or what the request does.
+        """
+        if self._queues:
+            await self._turn()
+        return await self._run(None, 0, request(), 0)
+
     async def _run(self, kind: str | None, size: int, request: Coroutine[Any, Any, T], started: int) -> T:
         """Await a request, and count it as one of this kind.
 
@@ -213,10 +225,10 @@ class Backend:
         try:
             result = await request
             if kind is not None:
-                self._succeeded(kind, size, perf_counter_ns() - started)
+                self.succeeded(kind, size, perf_counter_ns() - started)
             return result
         except OSError as error:
-            if kind is None or not self._failed(kind, size, perf_counter_ns() - started, error):
+            if kind is None or not self.failed(kind, size, perf_counter_ns() - started, error):
                 raise
             # Nobody is to hear of it.
             ignored: Any = bytes(size) if kind == "rd" else None
@@ -227,14 +239,14 @@ class Backend:
                 self._idle.set_result(None)
                 self._idle = None
 
-    def _succeeded(self, kind: str, size: int, took: int) -> None:
-        """Count a request.
+    def succeeded(self, kind: str, size: int, took: int) -> None:
+        """Count a request, also one whose parts were made with ``counted=False``.
 
         :param took: in nanoseconds.
         """
         self.accounting.done(kind, size, took)
 
-    def _failed(self, kind: str, size: int, took: int, error: OSError) -> bool:
+    def failed(self, kind: str, size: int, took: int, error: OSError) -> bool:
         """Count a request that failed; returns whether whoever made it is not to hear of that."""
         self.accounting.failed(kind, took)
         return False

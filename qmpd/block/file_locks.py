@@ -4,6 +4,9 @@ Each permission has a byte at 100 plus its bit number, locked (shared) by every
 process that takes the permission, and one at 200 plus its bit number, locked
 by every process that does not share it.  Whoever takes a permission looks
 whether somebody has locked its "not shared" byte, and the other way round.
+All bytes are locked before any is looked at, so that of two who come at the
+same time at least one sees the other.
+
 The locks belong to the open file description (Linux's F_OFD_SETLK), so two
 nodes of one daemon on the same file keep each other out as well.
 """
@@ -14,6 +17,8 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterable
+from contextlib import suppress
 
 from qmpd.block.permissions import NAMES, Permission
 from qmpd.errors import Error
@@ -24,62 +29,93 @@ UNSHARED_BASE = 200
 #: struct flock: l_type, l_whence, l_start, l_len, l_pid (fcntl(2)).
 _FLOCK = struct.Struct("@hhqqi4x")
 
+#: What the system says where it, or a sandbox, has no locks of this kind.
+_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
+
+
+def is_supported(fd: int) -> bool:
+    """Whether the system knows locks of open file descriptions.
+
+    A file system that has none is another matter: it says so when a byte is locked.
+    """
+    try:
+        _first_lock(fd, 0)
+    except OSError as error:
+        return error.errno not in _UNKNOWN
+    return True
+
 
 class ImageLocks:
     """The locks that one descriptor holds.
 
     :param fd: open for reading at least.
+    :param filename: how hints for people name the image.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, filename: str = "") -> None:
         self._fd = fd
-        self._taken = Permission.nothing()
-        self._unshared = Permission.nothing()
-        self._before = (self._taken, self._unshared)
+        self._filename = filename
+        self._held: set[int] = set()
+        self._before: frozenset[int] = frozenset()
+        self._wanted: frozenset[int] = frozenset()
 
     def prepare(self, perm: Permission, shared: Permission) -> None:
         """Lock for `perm` and `shared` besides what is locked now, and look for conflicts.
 
-        :raise Error: if another open file takes or does not share something.
+        :raise Error: if another open file takes or does not share something, or there are no locks;
+            `abort` then goes back.
         """
-        unshared = ~shared & Permission.everything()
-        self._before = (self._taken, self._unshared)
-        self._set(self._taken | perm, self._unshared | unshared)
-        for permission, name in NAMES:
-            bit = permission.value.bit_length() - 1
-            if perm & permission and self._is_locked(UNSHARED_BASE + bit):
-                raise Error(f'Failed to get "{name}" lock')
-            if unshared & permission and self._is_locked(TAKEN_BASE + bit):
-                raise Error(f'Failed to get shared "{name}" lock')
-        self._wanted = (perm, unshared)
+        taken = [index for index, (permission, _) in enumerate(NAMES) if perm & permission]
+        unshared = [index for index, (permission, _) in enumerate(NAMES) if not shared & permission]
+        self._before = frozenset(self._held)
+        self._wanted = frozenset(
+            [TAKEN_BASE + index for index in taken] + [UNSHARED_BASE + index for index in unshared]
+        )
+        for byte in sorted(self._wanted - self._held):
+            self._lock(byte)
+        for index in taken:
+            self._look(UNSHARED_BASE + index, f'Failed to get "{NAMES[index][1]}" lock')
+        for index in unshared:
+            self._look(TAKEN_BASE + index, f'Failed to get shared "{NAMES[index][1]}" lock')
 
     def commit(self) -> None:
         """Keep only what was prepared last."""
-        self._set(*self._wanted)
+        self._unlock(self._held - self._wanted)
+        self._before = frozenset(self._held)
 
     def abort(self) -> None:
-        """Go back to what was locked before `prepare`."""
-        self._set(*self._before)
+        """Go back to what was locked before `prepare`, also if that failed on its way or was never called."""
+        self._unlock(self._held - self._before)
 
-    def _set(self, taken: Permission, unshared: Permission) -> None:
-        for permission, _ in NAMES:
-            bit = permission.value.bit_length() - 1
-            self._change(TAKEN_BASE + bit, bool(self._taken & permission), bool(taken & permission))
-            self._change(UNSHARED_BASE + bit, bool(self._unshared & permission), bool(unshared & permission))
-        self._taken, self._unshared = taken, unshared
-
-    def _change(self, byte: int, now: bool, wanted: bool) -> None:
-        if now == wanted:
-            return
-        kind = fcntl.F_RDLCK if wanted else fcntl.F_UNLCK
+    def _lock(self, byte: int) -> None:
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
+                # Only who does not go by these rules locks a byte for itself alone.
                 raise Error(f"Failed to lock byte {byte}") from None
             raise Error(f"Failed to lock byte {byte}: {error.strerror}") from None
+        self._held.add(byte)
 
-    def _is_locked(self, byte: int) -> bool:
-        """Whether another open file description holds a lock on this byte."""
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    def _unlock(self, bytes_: Iterable[int]) -> None:
+        for byte in bytes_:
+            # What can't be given back stays locked, which is safe, and goes with the file.
+            with suppress(OSError):
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
+                self._held.discard(byte)
+
+    def _look(self, byte: int, complaint: str) -> None:
+        """Refuse if another open file description holds a lock on this byte."""
+        hint = f"Is another process using the image [{self._filename}]?" if self._filename else ""
+        try:
+            lock = _first_lock(self._fd, byte)
+        except OSError as error:
+            raise Error(f"{complaint}: {error.strerror}", hint=hint) from None
+        if lock != fcntl.F_UNLCK:
+            raise Error(complaint, hint=hint)
+
+
+def _first_lock(fd: int, byte: int) -> int:
+    """The kind of lock with which another open file description holds a byte; F_UNLCK if none does."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    return int(_FLOCK.unpack(answer)[0])

@@ -59,7 +59,7 @@ def _backing_failures() -> Iterator[None]:
     try:
         yield
     except Error as error:
-        raise Error(_BACKING_FAILED + error.desc) from None
+        raise Error(_BACKING_FAILED + error.desc, error.hint) from None
 
 
 class _Section:
@@ -307,7 +307,7 @@ class Graph:
             try:
                 overlay = await self._open_backing(overlay, seen)
             except Error as error:
-                raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc) from None
+                raise Error(_BACKING_FAILED * (len(seen) - 1) + error.desc, error.hint) from None
             if overlay is not None:
                 followed.append(overlay)
         # An image's name depends on whether the one behind it is the one that it names itself.
@@ -420,12 +420,12 @@ class Graph:
         node = self.find(name)
         if node is None:
             raise Error(f"Failed to find node with node-name='{name}'")
-        if any(not isinstance(edge.parent, Node) for edge in node.parents):
+        if any(isinstance(edge.parent, Backend) and not edge.parent.is_jobs for edge in node.parents):
             raise Error(f"Node {name} is in use")
         check_unused_as_backing(node)
         if not node.monitor_owned:
             raise Error(f"Node {name} is not owned by the monitor")
-        if node.parents:
+        if node.parents or node.jobs:
             raise Error(f"Block device {name} is in use")
         # Nobody is above, so nothing is under way; and nobody comes before it is gone.
         async with self.drained(node):
@@ -572,6 +572,11 @@ class Graph:
         turn = self._turns.setdefault(what, asyncio.Lock())
         async with turn:
             yield
+
+    def has_turn(self, what: Hashable) -> bool:
+        """Whether somebody is in a `turn` for this."""
+        turn = self._turns.get(what)
+        return turn is not None and turn.locked()
 
     def swap_child(self, parent: Node, role: str, child: Node | None, change: Change) -> None:
         """Put `child` (or nothing) below `parent` in place of what is there in this role.

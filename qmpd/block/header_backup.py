@@ -13,8 +13,11 @@ at it.
 
 Before a backup is put back, the volume key that is in memory is shown to fit its
 digest, so it is of this volume; the header that is overwritten need not be
-readable any more.  Without `force` it must be openable by a passphrase that is
-at hand, and may neither bring another UUID nor take away a header of another
+readable any more.  Where there is no backup at all, and only the header's own
+sectors were overwritten, what is known of them in memory is as good.
+
+Without `force` what is put back must be openable by a passphrase that is at
+hand, and may neither bring another UUID nor take away a header of another
 volume.
 """
 
@@ -22,8 +25,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from qmpd.block import keyslots, luks_header
@@ -158,10 +161,17 @@ def _sync_directory(directory: str) -> None:
 
 
 async def put_back(
-    holder: KeyslotHolder, filename: str, *, secret: str | None, force: bool, commit: Callable[[], None]
+    holder: KeyslotHolder,
+    filename: str | None,
+    *,
+    secret: str | None,
+    force: bool,
+    commit: Callable[[], None],
 ) -> None:
     """Make the slots of a node's header those of a backup.
 
+    :param filename: the backup; if None the header becomes what was known of it last, provided that it
+        can't be read any more, and key material stays as it is.
     :param secret: the id of the secret whose passphrase has to open the backup; the one that the node was
         opened with if None.
     :param force: no passphrase need open it, its UUID may be another one, and a header of another volume
@@ -174,16 +184,22 @@ async def put_back(
     assert holder.luks_header is not None, "whoever is given a backup has keyslots"
     known = version_1(holder.luks_header).header
     detached = holder.header_role == "header"
-    options = {"driver": "file", "filename": filename, "read-only": True}
-    async with graph.borrow(options) as file, keyslots.exclusive(holder) as access:
-        source = HeaderArea(file, failure="Unable to read LUKS header backup")
-        backup_sectors = bytes(await source.read(0, HEADER_SECTORS_BYTES))
-        backup = _parse_backup(backup_sectors, known, file.size, detached=detached)
+    async with _backup_area(holder, filename) as source, keyslots.exclusive(holder) as access:
+        if filename is None:
+            backup, backup_sectors = known, luks1_backup.backup_image(known.pack())
+        else:
+            backup_sectors = bytes(await source.read(0, HEADER_SECTORS_BYTES))
+            backup = _parse_backup(backup_sectors, known, source.node.size, detached=detached)
         await _check_digest(holder, backup)
         sectors = bytes(await holder.header_area.read(0, HEADER_SECTORS_BYTES))
         state, present = luks1_backup.state_of(sectors, known, detached=detached)
+        if filename is None and present is not None:
+            raise Error("The LUKS header can be read: to change it back, name a backup")
         if not force:
             await _check_unforced(graph, source, backup, known, state, secret or holder.opened_with)
+        # Trying a passphrase takes time, and not everybody asks for locks.
+        if bytes(await holder.header_area.read(0, HEADER_SECTORS_BYTES)) != sectors:
+            raise Error("The LUKS header has been changed by somebody else meanwhile")
         materials = await _materials(source, backup, backup.active_slots)
         if present is None:
             header, plan = luks1_backup.rewrite_plan(known, backup, backup_sectors, materials)
@@ -195,6 +211,17 @@ async def put_back(
         commit()
         await access.carry_out(plan)
         access.announce(Luks1(known, sectors).after(plan, header))
+
+
+@asynccontextmanager
+async def _backup_area(holder: KeyslotHolder, filename: str | None) -> AsyncIterator[HeaderArea]:
+    """Where the slots are that are put back: in the file, if there is one."""
+    if filename is None:
+        yield holder.header_area
+        return
+    options = {"driver": "file", "filename": filename, "read-only": True}
+    async with holder.graph.borrow(options) as file:
+        yield HeaderArea(file, failure="Unable to read LUKS header backup")
 
 
 def _parse_backup(sectors: bytes, known: luks1.Header, size: int, *, detached: bool) -> luks1.Header:
@@ -242,4 +269,4 @@ async def _check_unforced(
             with suppress(Error):
                 if await luks_header.opens(graph, source, Luks1(backup, b""), slot, password):
                     return
-    raise Error(f"The passphrase of secret '{secret}' opens no keyslot of the backup")
+    raise Error(f"The passphrase of secret '{secret}' opens no keyslot of the header that would be put back")

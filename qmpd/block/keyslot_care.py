@@ -37,7 +37,7 @@ async def save_header(node: Node, filename: str) -> None:
 
 
 async def restore_header(
-    node: Node, filename: str, *, secret: str | None, force: bool, commit: Callable[[], None]
+    node: Node, filename: str | None, *, secret: str | None, force: bool, commit: Callable[[], None]
 ) -> None:
     """Put a node's header back; see :func:`qmpd.block.header_backup.put_back`."""
     with kept(node):

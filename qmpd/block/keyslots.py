@@ -29,8 +29,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from qmpd.block import luks_header
@@ -196,34 +196,49 @@ async def exclusive(holder: KeyslotHolder) -> AsyncIterator[Access]:
 
     :raise Error: if somebody else has it open.
     """
+    async with holder.graph.turn(holder.header_identity):
+        with _sole_access(holder) as access:
+            yield access
+
+
+def check_access(holder: KeyslotHolder) -> None:
+    """See that nobody has the header open who would not let it change, as things are now.
+
+    Who changes it at this moment is no obstacle: for him one waits.
+
+    :raise Error: if somebody else has it open.
+    """
+    if not holder.graph.has_turn(holder.header_identity):
+        with _sole_access(holder):
+            pass
+
+
+@contextmanager
+def _sole_access(holder: KeyslotHolder) -> Iterator[Access]:
     graph = holder.graph
-    identity = holder.header_identity
-    async with graph.turn(identity):
-        # Whoever has the header in front of the payload keeps its permissions, and so keeps us out.
-        others = [node for node in holders_beside(holder) if node.header_role == "header"]
-        # Those on the same node change their permissions in one step with us, so nobody slips in between.
-        # Those on another node of the same file have locks of their own there, which have to go first.
-        source = holder.header_area.node
-        beside = [node for node in others if node.header_area.node is source]
-        elsewhere = [node for node in others if node not in beside]
-        try:
-            _set_access(graph, elsewhere, HeaderAccess.SUSPENDED)
-            for node in beside:
-                node.header_access = HeaderAccess.SUSPENDED
-            holder.header_access = HeaderAccess.EXCLUSIVE
-            graph.settle(holder, *beside)
-            yield Access(holder, others)
-        finally:
-            for node in (holder, *others):
-                node.header_access = HeaderAccess.ORDINARY
-            for nodes in ([holder, *beside], elsewhere):
-                try:
-                    graph.settle(*nodes)
-                except Error as error:
-                    # Another process has taken a lock in the moment between.
-                    _LOG.warning(
-                        "a node could not take its permissions on a LUKS header again: %s", error.desc
-                    )
+    # Whoever has the header in front of the payload keeps its permissions, and so keeps us out.
+    others = [node for node in holders_beside(holder) if node.header_role == "header"]
+    # Those on the same node change their permissions in one step with us, so nobody slips in between.
+    # Those on another node of the same file have locks of their own there, which have to go first.
+    source = holder.header_area.node
+    beside = [node for node in others if node.header_area.node is source]
+    elsewhere = [node for node in others if node not in beside]
+    try:
+        _set_access(graph, elsewhere, HeaderAccess.SUSPENDED)
+        for node in beside:
+            node.header_access = HeaderAccess.SUSPENDED
+        holder.header_access = HeaderAccess.EXCLUSIVE
+        graph.settle(holder, *beside)
+        yield Access(holder, others)
+    finally:
+        for node in (holder, *others):
+            node.header_access = HeaderAccess.ORDINARY
+        for nodes in ([holder, *beside], elsewhere):
+            try:
+                graph.settle(*nodes)
+            except Error as error:
+                # Another process has taken a lock in the moment between.
+                _LOG.warning("a node could not take its permissions on a LUKS header again: %s", error.desc)
 
 
 def _set_access(graph: Graph, holders: list[KeyslotHolder], access: HeaderAccess) -> None:

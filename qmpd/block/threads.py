@@ -5,8 +5,8 @@ function, which is more than a small write takes.  Here a function goes to the
 threads by a queue that is one object of C, and its result comes back by one
 call of the loop's: a third of that.
 
-A thread can't be interrupted.  What takes long is therefore cut into steps (`qmpd.crypto.steps`), each
-of which goes to a thread by itself.
+A thread can't be interrupted.  What takes long is therefore cut into steps (`qmpd.crypto.steps`):
+after any of them the thread may turn to somebody else's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from qmpd.crypto.steps import Steps
 
 T = TypeVar("T")
+
+#: Seconds between two steps.
+_PAUSE: Final = 50e-6
 
 
 class _Work:
@@ -119,15 +123,32 @@ class Threads:
 
         :param steps: what comes before their first ``yield`` is done at once, in the caller's thread.
         """
+        stop = threading.Event()
         try:
             ended, result = _step(steps)
             while not ended:
-                ended, result = await self.run_to_the_end(_step, steps)
+                work = self._begin(self._take_steps, (steps, stop))
+                try:
+                    ended, result = await work.future
+                except asyncio.CancelledError:
+                    stop.set()
+                    if not work.claim():
+                        await self._end_of(work)
+                    raise
             return cast(T, result)
         finally:
             # While a thread that is not waited for is at it, the generator can't be closed.
             with contextlib.suppress(ValueError):
                 steps.close()
+
+    def _take_steps(self, steps: Steps[T], stop: threading.Event) -> tuple[bool, T | None]:
+        """Take steps until there are no more, or somebody else wants the thread, or nobody wants them."""
+        while True:
+            ended, result = _step(steps)
+            if ended or stop.is_set() or not self._queue.empty():
+                return ended, result
+            # Whoever waits for the interpreter's lock has it now, and not when its patience of 5 ms ends.
+            time.sleep(_PAUSE)
 
     def abandon(self) -> None:
         """Wait for nothing that was begun, now that the process is about to end."""

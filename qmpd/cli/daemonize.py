@@ -113,10 +113,22 @@ def _open_locked(path: str) -> int:
 
 
 def forbid_core_dumps() -> None:
-    """Keep passphrases and volume keys out of core files, and other processes out of our memory."""
+    """Keep passphrases and volume keys out of core files, and other processes out of our memory.
+
+    Forked processes inherit it; an executed program starts without.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     # Here and not above: ctypes is the slowest import of this file, and --version must not wait for it.
     import ctypes
 
     set_dumpable = 4  # PR_SET_DUMPABLE, <linux/prctl.h>
     ctypes.CDLL(None).prctl(set_dumpable, 0, 0, 0, 0)
+
+
+def allow_locked_memory() -> None:
+    """Let as much memory be locked as this process may allow itself; its children inherit that."""
+    most = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
+    except OSError:
+        pass  # a filter of system calls: what is allowed already will do

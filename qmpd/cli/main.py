@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program.
 
     :param arguments: without the program's name; those of the process if None.
-    :return: the exit status: 0, or 1 after one line on standard error.
+    :return: the exit status: 0, or 1 after a line, and perhaps a hint below it, on standard error.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(answer, flush=True)
             return 0
     except Error as error:
-        return _failed(str(error))
+        return _failed(str(error), error.hint)
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -139,10 +139,10 @@ def _run(arguments: Sequence[str]) -> int:
     return _run_daemon(_first_pass(arguments))
 
 
-def _failed(reason: str) -> int:
-    # One line, even if a JSON text was written on several or QEMU's wording has a hint on a second one.
-    line = " ".join(reason.splitlines())
-    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+def _failed(reason: str, hint: str = "") -> int:
+    # One line, even if a JSON text was written on several; and perhaps a hint below it.
+    lines = [f"{PROGRAM}: {' '.join(reason.splitlines())}", *hint.splitlines()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
     return 1
 
 
@@ -213,15 +213,18 @@ def _run_daemon(found: Sequence[Option]) -> int:
     # What the start makes stays: looking for garbage in it is in vain.  `serve` switches it on again.
     gc.disable()
     # Imported here for the sake of --version: see the head of this file.
-    from qmpd.cli.daemonize import Daemonization, forbid_core_dumps
+    from qmpd.cli.daemonize import Daemonization, allow_locked_memory, forbid_core_dumps
     from qmpd.cli.systemd import Notifier, passed_sockets
 
+    # Here, because the arguments may hold a passphrase: in the process that waits for a daemon in the
+    # background as well as in the daemon.
+    forbid_core_dumps()
+    allow_locked_memory()
     settings = _settings(found)
     # The process that systemd started has to ask for its sockets, and a fork has to come before the import of
     # libraries that start threads.
     sockets = passed_sockets(os.environ)
     background = Daemonization.begin() if settings.daemonize else None
-    forbid_core_dumps()
 
     from qmpd.cli.serve import serve
 

@@ -52,7 +52,7 @@ def naming(option: Option) -> Iterator[None]:
         text, desc = option.text, error.desc
         if option.name == "object":
             text, desc = _without_passphrase(text, desc)
-        raise Error(f"{text}: {desc}") from None
+        raise Error(f"{text}: {desc}", error.hint) from None
 
 
 def _without_passphrase(text: str, desc: str) -> tuple[str, str]:

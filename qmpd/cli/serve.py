@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Final
+from typing import Any, Final
 
 from qmpd.cli.daemonize import Daemonization, PidFile
 from qmpd.cli.memory import keep_freed_memory
@@ -22,7 +22,9 @@ from qmpd.cli.options import Option
 from qmpd.cli.start import Start
 from qmpd.cli.systemd import Notifier, PassedSocket
 from qmpd.daemon import Daemon
-from qmpd.errors import Error
+from qmpd.errors import Error, trace
+
+_logger = logging.getLogger(__name__)
 
 #: More processes for ciphering are not worth their memory, unless somebody asks for them.
 _MOST_CIPHER_PROCESSES: Final = 4
@@ -88,7 +90,10 @@ async def _live(
     notifier: Notifier,
     background: Daemonization | None,
 ) -> None:
+    asyncio.get_running_loop().set_exception_handler(_log_fault)
     daemon = Daemon(cipher_processes=cipher_processes)
+    if not daemon.locks_keys:
+        _logger.info("keys are not locked in memory: the system does not allow it (RLIMIT_MEMLOCK)")
     ending = _Ending(daemon)
     pid_file: PidFile | None = None
     try:
@@ -113,6 +118,13 @@ async def _live(
         await daemon.close()
         if pid_file is not None:
             pid_file.remove()
+
+
+def _log_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log an exception that nobody caught, without its text or what else asyncio would show of it."""
+    error = context.get("exception")
+    what = context["message"].partition("(")[0]  # of a callback, without its arguments
+    _logger.error("%s\n%s", what, trace(error) if error is not None else "")
 
 
 class _Ending:

@@ -18,8 +18,9 @@ from qmpd.cli.options import Answered, Option, naming
 from qmpd.errors import Error
 from qmpd.monitor.chardev import ChardevConfig
 from qmpd.qapi import HelpRequested, Schema
-from qmpd.qapi.types import BuiltinType, EnumType, ObjectType
+from qmpd.qapi.types import EnumType, ObjectType
 from qmpd.qjson import parse_json
+from qmpd.qom.object import OBJECT_TYPE_NAMES, schema_properties
 
 if TYPE_CHECKING:
     from qmpd.cli.systemd import PassedSocket
@@ -174,17 +175,9 @@ def _object_help(schema: Schema, type_name: object) -> str:
     options_type = schema.types["ObjectOptions"]
     assert isinstance(options_type, ObjectType), "object-add takes an object"
     if isinstance(type_name, str) and type_name in options_type.branches:
-        properties = schema.types[options_type.branches[type_name]]
-        assert isinstance(properties, ObjectType), "a branch of a union is an object"
-        lines = sorted(
-            f"  {member.name}=<{_type_name(schema, member.type)}>" for member in properties.members
-        )
+        properties = schema_properties(schema, options_type.branches[type_name], OBJECT_TYPE_NAMES)
+        lines = sorted(f"  {name}=<{type_}>" for name, type_ in properties.items())
         return "\n".join([f"{type_name} options:", *lines])
     kinds = schema.types["ObjectType"]
     assert isinstance(kinds, EnumType), "ObjectType is an enum"
     return "\n".join(["List of user creatable objects:", *(f"  {value.name}" for value in kinds.values)])
-
-
-def _type_name(schema: Schema, name: str) -> str:
-    described = schema.types[name]
-    return described.json_type if isinstance(described, BuiltinType) else described.name

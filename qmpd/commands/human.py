@@ -154,7 +154,7 @@ async def _on(parts: Parts, backend: Backend, line: str) -> str:
     try:
         await QemuIO(backend, parts.stdout, sys.stderr).execute(line)
     except Error as error:
-        return f"{error.desc}\n"
+        return "".join(f"{line}\n" for line in error.lines)
     return ""
 
 

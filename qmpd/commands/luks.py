@@ -29,7 +29,11 @@ def luks_header_backup(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
 def luks_header_restore(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """Start a job that puts a header back."""
     node = keyslot_holder(parts.graph.lookup(None, arguments["node-name"]))
-    filename, secret, force = arguments["filename"], arguments.get("secret"), arguments.get("force", False)
+    filename, secret, force = (
+        arguments.get("filename"),
+        arguments.get("secret"),
+        arguments.get("force", False),
+    )
     parts.jobs.start(
         arguments["job-id"],
         "__org.qmpd_luks-header-restore",

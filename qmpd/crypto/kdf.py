@@ -31,7 +31,7 @@ MAX_ITERATIONS: Final = 1_000_000_000
 
 #: A measurement shorter than this (in seconds of processor time) says too little.
 _MEASURED_SECONDS: Final = 0.02
-_MEASUREMENTS: Final = 12
+_MEASUREMENTS: Final = 8
 #: For these QEMU's library needs up to a tenth less time, with the processor's instructions for them.  A key
 #: is not to be weaker than one that QEMU makes for the same time, so it takes us so much longer.
 _MARGIN: Final[Mapping[str, float]] = MappingProxyType({"sha1": 1.1, "sha224": 1.1, "sha256": 1.1})

@@ -129,6 +129,11 @@ class LuksHeader(ABC):
     def is_of_same_volume(self, other: LuksHeader) -> bool:
         """Whether they differ in nothing but their keyslots."""
 
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """How long the header is with all of its slots, in bytes."""
+
     @abstractmethod
     def key_area_end(self, volume_bytes: int) -> int:
         """Where the key area ends at the latest, in bytes from the beginning of the header.
@@ -231,6 +236,11 @@ class Luks1(LuksHeader):
     def is_of_same_volume(self, other: LuksHeader) -> bool:
         """Whether they differ in nothing but their keyslots."""
         return isinstance(other, Luks1) and replace(other.header, slots=self.header.slots) == self.header
+
+    @property
+    def length(self) -> int:
+        """Up to the end of the last slot, in whole 4 KiB."""
+        return self.header.header_length()
 
     def key_area_end(self, volume_bytes: int) -> int:
         """Where the payload begins; a detached header may have been cut off behind the last slot in use."""
@@ -356,9 +366,14 @@ class Luks2(LuksHeader):
             others.digest,
         ) and self.header.segments == other.header.segments
 
+    @property
+    def length(self) -> int:
+        """With the keyslots area."""
+        return self.header.keyslots_offset + self.header.keyslots_bytes
+
     def key_area_end(self, volume_bytes: int) -> int:
         """Where the keyslots area ends."""
-        return self.header.keyslots_offset + self.header.keyslots_bytes
+        return self.length
 
     def derivation(self, slot: int) -> Kdf:
         """What the slot says."""

@@ -13,7 +13,7 @@ shows zeroes, never somebody else's key.
 
 How much may be locked is often little (RLIMIT_MEMLOCK: 64 KiB in older containers, 8 MiB by systemd's
 default), and a page is what can be locked.  So a :class:`KeyMemory` cuts pages into pieces: 64 KiB hold
-the keys of a thousand disks.  Where the limit is reached, or locking is not allowed at all, everything
+the keys of hundreds of disks.  Where the limit is reached, or locking is not allowed at all, everything
 goes on without it, and :attr:`KeyBuffer.locked` says so.
 
 What can't be done here: key material that Python, OpenSSL or the kernel copies elsewhere.  A result that

@@ -496,8 +496,13 @@ class _CbcTile(_Tile):
     def decrypt(self, source: Words, target: Words) -> None:
         plain, space = self._cipher_space(self.shape)
         self._contexts.decrypt.update_into(_bytes(source), space)
+        # All blocks are XORed with the one before, in one go: what is not contiguous numpy copies, piece
+        # by piece, into memory that nobody overwrites.  So a sector's first block, which gets the IV
+        # instead, is XORed with the one before twice.
         plain[:, 0] ^= self._make_ivs()[0]
-        plain[:, 1:] ^= source[:, :-1]
+        plain[1:, 0] ^= source[:-1, -1]
+        chained = plain.reshape(-1)[2:]
+        np.bitwise_xor(chained, source.reshape(-1)[:-2], out=chained)
         target[...] = plain
         if self._secret_data:
             plain.fill(0)

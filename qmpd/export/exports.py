@@ -144,12 +144,15 @@ class Exports:
             raise Error(f"NBD server already has export named '{name}'")
         for bitmap in options.get("bitmaps", ()):
             raise Error(f"Bitmap '{bitmap if isinstance(bitmap, str) else bitmap['name']}' is not found")
-        backend = Backend(
-            self._graph,
-            perm=Permission.CONSISTENT_READ | (Permission.WRITE if writable else Permission.nothing()),
-            shared=Permission.everything() & ~Permission.RESIZE,
-        )
+        perm = Permission.CONSISTENT_READ | (Permission.WRITE if writable else Permission.nothing())
+        backend = Backend(self._graph, perm=perm)
         backend.attach(node)
+        try:
+            # Whoever does not let us in is complained of before who would change the size.
+            backend.set_permissions(perm, Permission.everything() & ~Permission.RESIZE)
+        except BaseException:
+            backend.detach()
+            raise
         nbd = NBDExport(
             name,
             backend,

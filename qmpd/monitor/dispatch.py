@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import traceback
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from qmpd.errors import Error
+from qmpd.errors import Error, trace
 from qmpd.monitor.encode import failure, success
 from qmpd.monitor.session import NEGOTIATION, Call, Schema, Session
 
@@ -49,18 +48,6 @@ class Unfinished(NamedTuple):
     call: Call
     message: Mapping[str, Any]
     awaitable: Awaitable[Any]
-
-
-def trace(error: BaseException) -> str:
-    """Where an exception came from, with those that led to it, but without their texts."""
-    lines: list[str] = []
-    while True:
-        lines = [*traceback.format_tb(error.__traceback__), f"{type(error).__qualname__}\n", *lines]
-        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-        if cause is None:
-            return "Traceback (most recent call last):\n" + "".join(lines)
-        error = cause
-        lines.insert(0, "led to:\n")
 
 
 class Dispatcher:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any, Final, cast
 
-from qmpd.monitor.dispatch import Dispatcher, Reply, Unfinished
+from qmpd.monitor.dispatch import Dispatcher, Unfinished
 from qmpd.monitor.encode import encode, event
 from qmpd.monitor.session import Session
 
@@ -174,9 +174,12 @@ class Connection(asyncio.Protocol):
 
     async def _finish(self, unfinished: Unfinished, *, out_of_band: bool) -> None:
         """Await a handler; in a task of its own, so that it may use all that asyncio offers."""
-        reply: Reply | None = None
         try:
             reply = await self._monitor.dispatcher.finish(unfinished)
+        except asyncio.CancelledError:
+            # Whatever else the client has said is still to be looked at.
+            self._schedule()
+            raise
         finally:
             if not out_of_band:
                 self._busy = False

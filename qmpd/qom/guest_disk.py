@@ -74,16 +74,18 @@ class GuestDisk(Backend):
         """Whether there is an I/O status: in QEMU a failed request may stop the machine."""
         return self._werror in ("enospc", "stop") or self._rerror == "stop"
 
-    def _succeeded(self, kind: str, size: int, took: int) -> None:
-        super()._succeeded(kind, size, took)
+    def succeeded(self, kind: str, size: int, took: int) -> None:
+        """Count a request; the I/O status is good again if it was of the kind that failed."""
+        super().succeeded(kind, size, took)
         if kind == self._failing:
             self.io_status, self._failing = "ok", None
 
-    def _failed(self, kind: str, size: int, took: int, error: OSError) -> bool:
+    def failed(self, kind: str, size: int, took: int, error: OSError) -> bool:
+        """Count a request that failed, and do what the device's properties say."""
         if error.errno not in _NO_FAILURES and self._is_ignored(kind, error):
-            super()._succeeded(kind, size, took)
+            super().succeeded(kind, size, took)
             return True
-        return super()._failed(kind, size, took, error)
+        return super().failed(kind, size, took, error)
 
     def _is_ignored(self, kind: str, error: OSError) -> bool:
         """Tell clients of a failure; returns whether the guest is not to hear of it."""
@@ -97,7 +99,8 @@ class GuestDisk(Backend):
             "BLOCK_IO_ERROR",
             {
                 "device": self.name,
-                "node-name": self.node.name,
+                # A long request may be told of after the node has gone.
+                **({"node-name": self.node.name} if self.edge is not None else {}),
                 "qom-path": self.qom_path,
                 "operation": "read" if reads else "write",
                 "action": "ignore" if ignored else "report",

@@ -141,7 +141,7 @@ class Chardev(Object):
 
 
 #: Types of the schema that QOM calls otherwise, in an object and in a device.
-OBJECT_TYPE_NAMES: Final[Mapping[str, str]] = {"str": "string"}
+OBJECT_TYPE_NAMES: Final[Mapping[str, str]] = {"str": "string", "int32": "int32_t"}
 DEVICE_TYPE_NAMES: Final[Mapping[str, str]] = {}
 
 

@@ -1,13 +1,14 @@
 """Secrets: passphrases and keys under an id.
 
-A secret's text comes inline or from a file, may be base64, and may be
-encrypted with AES-256-CBC under another secret (that is how libvirt passes
-them: one master key in a file, everything else as ciphertext under it).  The
-bytes are worked out once, when the object is made, and live in one buffer of
-key memory that is wiped when the object goes.  Nothing here shows them: not `repr`, not an
-error, not `qom-get` of ``data``, which is always empty (QEMU gives inline data
-back).  What a client sent as ``data`` is a Python string that went through the
-JSON reader before; it can't be wiped, so a ``file`` is the better way.
+A secret's text comes inline, from a file or from the kernel (`secret_keyring`),
+may be base64, and may be encrypted with AES-256-CBC under another secret (that
+is how libvirt passes them: one master key in a file, everything else as
+ciphertext under it).  The bytes are worked out once, when the object is made,
+and live in one buffer of key memory that is wiped when the object goes.
+Nothing here shows them: not `repr`, not an error, not `qom-get` of ``data``,
+which is always empty (QEMU gives inline data back).  What a client sent as
+``data`` is a Python string that went through the JSON reader before; it can't
+be wiped, so a ``file`` is the better way.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import binascii
 import os
 import re
 import stat
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,15 +58,11 @@ _DIGITS: Final[Mapping[int, int]] = {ord("="): 0} | {digit: rank for rank, digit
 _DESCRIPTOR_PATH: Final = re.compile(r"/dev/fd/[0-9]+|/proc/self/fd/[0-9]+|/dev/stdin")
 
 
-class Secret(UserCreatable):
-    """The object type "secret"."""
-
-    qom_type = "secret"
-    struct = "SecretProperties"
+class AnySecret(UserCreatable):
+    """The abstract type "secret_common": a secret, wherever its text comes from."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__(options)
-        self._file: str = options.get("file", "")
         self._format: str = options.get("format", "raw")
         self._keyid: str = options.get("keyid", "")
         self._iv: str = options.get("iv", "")
@@ -76,15 +74,8 @@ class Secret(UserCreatable):
 
         :raise Error: if it can't be read, decoded or decrypted.
         """
-        if "data" in options and "file" in options:
-            raise Error("'file' and 'data' are mutually exclusive")
-        if "file" in options:
-            # The tree is open to other clients while the file is read: the id is taken already.
-            loaded = await asyncio.to_thread(read_file, options["file"], tree.key_memory)
-        elif "data" in options:
-            loaded = _bytes_of(options["data"], tree.key_memory)
-        else:
-            raise Error("Either 'file' or 'data' must be provided")
+        # The tree is open to other clients while this waits: the id is taken already.
+        loaded = await self._load(options, tree.key_memory)
         self._memory = tree.key_memory
         with loaded:
             if "keyid" in options:
@@ -93,6 +84,13 @@ class Secret(UserCreatable):
                 self._value = decode_base64(loaded.data, self._memory)
             else:
                 self._value = self._memory.copy_of(loaded.data)
+
+    @abstractmethod
+    async def _load(self, options: Mapping[str, Any], memory: KeyMemory) -> KeyBuffer:
+        """The text, still encoded and encrypted, for the caller to wipe.
+
+        :raise Error: if it can't be read.
+        """
 
     def value(self) -> KeyBuffer:
         """A copy of the bytes, for the caller to use and to wipe.
@@ -110,19 +108,41 @@ class Secret(UserCreatable):
             self._value = None
 
     def get(self, name: str) -> Any:
-        """The value of a property; ``data`` is empty for everybody."""
-        return {
-            "data": "",
-            "file": self._file,
-            "format": self._format,
-            "keyid": self._keyid,
-            "iv": self._iv,
-        }[name]
+        """The value of a property."""
+        return getattr(self, f"_{name}")
 
     def set(self, name: str, value: Any) -> None:
         """Set a property.  As in QEMU the bytes stay what they were when the object was made."""
+        setattr(self, f"_{name}", value)
+
+
+class Secret(AnySecret):
+    """The object type "secret"."""
+
+    qom_type = "secret"
+    struct = "SecretProperties"
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._file: str = options.get("file", "")
+
+    async def _load(self, options: Mapping[str, Any], memory: KeyMemory) -> KeyBuffer:
+        if "data" in options and "file" in options:
+            raise Error("'file' and 'data' are mutually exclusive")
+        if "file" in options:
+            return await asyncio.to_thread(read_file, options["file"], memory)
+        if "data" in options:
+            return _bytes_of(options["data"], memory)
+        raise Error("Either 'file' or 'data' must be provided")
+
+    def get(self, name: str) -> Any:
+        """The value of a property; ``data`` is empty for everybody."""
+        return "" if name == "data" else super().get(name)
+
+    def set(self, name: str, value: Any) -> None:
+        """Set a property; ``data`` is not even kept."""
         if name != "data":
-            setattr(self, f"_{name}", value)
+            super().set(name, value)
 
 
 def _bytes_of(text: str, memory: KeyMemory) -> KeyBuffer:

@@ -22,7 +22,8 @@ from qmpd.qom.authz import Authorization, AuthorizationList, SimpleAuthorization
 from qmpd.qom.iothread import IOThread
 from qmpd.qom.models import DEFAULTS, device_property_types
 from qmpd.qom.object import OBJECT_TYPE_NAMES, Chardev, Container, Object, schema_properties
-from qmpd.qom.secret import Secret, check_utf8
+from qmpd.qom.secret import AnySecret, Secret, check_utf8
+from qmpd.qom.secret_keyring import KeyringSecret
 from qmpd.qom.throttle_group import ThrottleGroup
 from qmpd.qom.tls_creds import Anonymous, PreSharedKeys, TLSCredentials, X509Credentials
 from qmpd.qom.types import TYPES, implements
@@ -37,6 +38,7 @@ _CREATABLE: Final[Mapping[str, type[UserCreatable]]] = {
         Anonymous,
         AuthorizationList,
         IOThread,
+        KeyringSecret,
         PreSharedKeys,
         Secret,
         SimpleAuthorization,
@@ -206,7 +208,7 @@ class ObjectTree:
         found = self.objects.children.get(secret_id)
         if found is None:
             raise Error(f"No secret with id '{secret_id}'")
-        if not isinstance(found, Secret):
+        if not isinstance(found, AnySecret):
             raise Error(f"Object with id '{secret_id}' is not a secret")
         return found.value()
 

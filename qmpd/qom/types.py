@@ -39,6 +39,7 @@ _TABLE: Final = (
     TypeInfo("container", "object"),
     TypeInfo("secret_common", "object", abstract=True, struct="SecretCommonProperties"),
     TypeInfo("secret", "secret_common", interfaces=_USER, struct="SecretProperties"),
+    TypeInfo("secret_keyring", "secret_common", interfaces=_USER, struct="SecretKeyringProperties"),
     TypeInfo("event-loop-base", "object", abstract=True, interfaces=_USER, struct="EventLoopBaseProperties"),
     TypeInfo("iothread", "event-loop-base", struct="IothreadProperties"),
     TypeInfo("throttle-group", "object", interfaces=_USER, struct="ThrottleGroupProperties"),

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qmpd.qapi.types import ObjectType
 from qmpd.qom.object import OBJECT_TYPE_NAMES, Object, Property, schema_properties
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class UserCreatable(Object):
     def _checked_set(self, name: str, value: Any) -> None:
         assert self._schema is not None
         self.check_settable(name)
-        # All members are optional, so one of them alone is a valid value of the struct.
-        self._schema.validate(self.struct, {name: value})
+        # With the members that the struct can't be without, one alone is a valid value of it.
+        type_ = self._schema.types[self.struct]
+        assert isinstance(type_, ObjectType)
+        needed = {member.name: self.get(member.name) for member in type_.members if not member.optional}
+        self._schema.validate(self.struct, needed | {name: value})
         self.set(name, value)

@@ -117,7 +117,8 @@ def test_a_table_replaces_what_is_between_its_comments_and_nothing_else() -> Non
 
 
 def test_the_documents_have_the_places_that_a_run_writes_to() -> None:
-    for path, name in ((README, "monitor"), (BENCHMARKS, "data path"), (PERFORMANCE, "aims")):
+    places = ((README, "monitor"), (BENCHMARKS, "data path"), (BENCHMARKS, "unlock"), (PERFORMANCE, "aims"))
+    for path, name in places:
         assert "figures" in replaced(path.read_text(), name, "figures")
 
 

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from qmpd.block.threads import Threads
+from qmpd.crypto.steps import Steps
 
 
 async def test_results_and_errors_come_back() -> None:
@@ -84,3 +85,121 @@ async def test_what_was_not_begun_never_is() -> None:
     release.set()
     assert await first
     assert done == []
+
+
+class Computation:
+    """Steps that wait to be told to go on, and what has become of them."""
+
+    def __init__(self) -> None:
+        self.begun, self.release = threading.Event(), threading.Event()
+        self.taken = 0
+        self.closed = False
+
+    def steps(self) -> Steps[str]:
+        try:
+            while self.taken < 3:
+                yield
+                self.begun.set()
+                self.release.wait(10)
+                self.taken += 1
+            return "done"
+        finally:
+            self.closed = True
+
+
+async def _begun(computation: Computation) -> None:
+    while not computation.begun.is_set():
+        await asyncio.sleep(0.001)
+
+
+async def test_steps_are_taken_one_after_the_other_and_their_result_comes_back() -> None:
+    threads = Threads(1, "t")
+    computation = Computation()
+    computation.release.set()
+    assert await threads.run_steps(computation.steps()) == "done"
+    assert (computation.taken, computation.closed) == (3, True)
+    threads.close()
+
+
+async def test_those_who_have_steps_take_turns() -> None:
+    threads = Threads(1, "t")
+    order: list[str] = []
+    queued = threading.Event()
+
+    def steps(name: str) -> Steps[None]:
+        for _ in range(3):
+            yield
+            queued.wait(10)
+            order.append(name)
+
+    tasks = [asyncio.create_task(threads.run_steps(steps(name))) for name in "ab"]
+    await asyncio.sleep(0.01)
+    queued.set()
+    await asyncio.gather(*tasks)
+    assert order[:2] == ["a", "b"]
+    assert sorted(order) == ["a"] * 3 + ["b"] * 3
+    threads.close()
+
+
+async def test_an_error_in_a_step_comes_back() -> None:
+    threads = Threads(1, "t")
+
+    def steps() -> Steps[None]:
+        yield
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await threads.run_steps(steps())
+    threads.close()
+
+
+async def test_who_is_cancelled_goes_on_when_the_step_has_ended_and_nothing_is_kept() -> None:
+    threads = Threads(1, "t")
+    computation = Computation()
+    task = asyncio.create_task(threads.run_steps(computation.steps()))
+    await _begun(computation)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0.01)
+    assert not task.done()
+    assert not computation.closed
+    computation.release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (computation.taken, computation.closed) == (1, True)
+    threads.close()
+
+
+async def test_what_is_cancelled_before_its_first_step_in_a_thread_is_closed_too() -> None:
+    threads = Threads(1, "t")
+    first, second = Computation(), Computation()
+    busy = asyncio.create_task(threads.run_steps(first.steps()))
+    await _begun(first)
+    waiting = asyncio.create_task(threads.run_steps(second.steps()))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert (second.taken, second.closed) == (0, True)
+    first.release.set()
+    assert await busy == "done"
+    threads.close()
+
+
+@pytest.mark.parametrize("cancelled_first", [False, True])
+async def test_nobody_waits_for_a_step_when_the_process_is_about_to_end(cancelled_first: bool) -> None:
+    threads = Threads(1, "t")
+    computation = Computation()
+    task = asyncio.create_task(threads.run_steps(computation.steps()))
+    await _begun(computation)
+    if cancelled_first:
+        task.cancel()
+        await asyncio.sleep(0.01)
+        threads.abandon()
+    else:
+        threads.abandon()
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 10)
+    computation.release.set()
+    threads.close()

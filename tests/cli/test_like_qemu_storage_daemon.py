@@ -6,10 +6,10 @@ import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from daemons import CHECKOUT, PATIENCE, QMPD, STORAGE_DAEMON
+from daemons import PATIENCE, STORAGE_DAEMON
+from preloaded import Preloaded
 
 #: Each ends both programs before they run.
 WRONG = [
@@ -185,47 +185,49 @@ WRONG = [
 ]
 
 
-def refusal(program: tuple[str, ...], arguments: list[str], directory: Path) -> tuple[int, str]:
+Refusal = tuple[int, str]
+
+
+def refusal(ended: subprocess.CompletedProcess[str]) -> Refusal:
     """Return the exit status and the first line on standard error, without the program's name.
 
     A second line is a hint, which qmpd does without or puts into the first.
     """
-    directory.mkdir()
-    result = subprocess.run(
-        [*program, *arguments],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    first, *_ = result.stderr.splitlines()
-    return result.returncode, first.partition(": ")[2]
-
-
-Refusals = dict[tuple[str, ...], "tuple[tuple[int, str], tuple[int, str]]"]
+    first, *_ = ended.stderr.splitlines()
+    return ended.returncode, first.partition(": ")[2]
 
 
 @pytest.fixture(scope="module")
-def refusals(tmp_path_factory: pytest.TempPathFactory) -> Refusals:
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], tuple[Refusal, Refusal]]:
     """What qemu-storage-daemon and qmpd say to each of them, asked several at a time."""
-    directory = tmp_path_factory.mktemp("refusals")
+    root = tmp_path_factory.mktemp("refusals")
 
-    def ask(index: int) -> tuple[tuple[int, str], tuple[int, str]]:
-        theirs = refusal(STORAGE_DAEMON, WRONG[index], directory / f"{index}-theirs")
-        return theirs, refusal(QMPD, WRONG[index], directory / f"{index}-ours")
+    def ask(index: int) -> tuple[Refusal, Refusal]:
+        directories = theirs, ours = root / f"{index}-theirs", root / f"{index}-ours"
+        for directory in directories:
+            directory.mkdir()
+        peer = subprocess.run(
+            [*STORAGE_DAEMON, *WRONG[index]],
+            cwd=theirs,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        return refusal(peer), refusal(qmpd.run(*WRONG[index], directory=ours))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with Preloaded() as qmpd, ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(map(tuple, WRONG), pool.map(ask, range(len(WRONG))), strict=True))
 
 
-# The first one starts some 300 processes.
+# The first one waits for some 300 processes.
 @pytest.mark.timeout(600)
 @pytest.mark.peer("qemu-storage-daemon")
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_a_wrong_command_line_is_refused_alike(arguments: list[str], refusals: Refusals) -> None:
+def test_a_wrong_command_line_is_refused_alike(
+    arguments: list[str], refusals: dict[tuple[str, ...], tuple[Refusal, Refusal]]
+) -> None:
     (status, expected), (own_status, own) = refusals[tuple(arguments)]
     assert own_status == status
     # On purpose: what comes after a passphrase's beginning is not repeated.

@@ -7,11 +7,13 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import StartDaemon
-from daemons import CHECKOUT, PATIENCE, QMPD, Connection, RunningDaemon
+from daemons import CHECKOUT, PATIENCE, QMPD, Connection
+from preloaded import Preloaded
 
 from qmpd import __version__
 
@@ -121,17 +123,25 @@ WRONG = [
 WRONG_IN_THE_BACKGROUND = [(arguments, line) for arguments, line in WRONG if "stdio,id=a" not in arguments]
 
 
+@pytest.fixture(scope="module")
+def preloaded() -> Iterator[Preloaded]:
+    with Preloaded() as preloaded:
+        yield preloaded
+
+
 @pytest.mark.parametrize(("arguments", "line"), WRONG)
 def test_a_wrong_option_ends_with_status_1_and_one_line(
-    arguments: list[str], line: str, tmp_path: Path
+    arguments: list[str], line: str, tmp_path: Path, preloaded: Preloaded
 ) -> None:
-    result = run(*arguments, directory=tmp_path)
+    result = preloaded.run(*arguments, directory=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (1, "", f"qmpd: {line}\n")
 
 
 @pytest.mark.parametrize(("arguments", "line"), WRONG_IN_THE_BACKGROUND)
-def test_the_background_makes_no_difference_to_that(arguments: list[str], line: str, tmp_path: Path) -> None:
-    result = run("--daemonize", *arguments, directory=tmp_path)
+def test_the_background_makes_no_difference_to_that(
+    arguments: list[str], line: str, tmp_path: Path, preloaded: Preloaded
+) -> None:
+    result = preloaded.run("--daemonize", *arguments, directory=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (1, "", f"qmpd: {line}\n")
 
 
@@ -247,14 +257,6 @@ def test_a_start_that_waits_for_a_client_can_be_interrupted(tmp_path: Path) -> N
     finally:
         process.kill()
         process.wait()
-
-
-def test_keys_cannot_reach_a_core_file(daemon: RunningDaemon) -> None:
-    limits = Path(f"/proc/{daemon.process.pid}/limits").read_text().splitlines()
-    (soft,) = [line.split()[4] for line in limits if line.startswith("Max core file size")]
-    assert soft == "0"
-    # A process that is not dumpable belongs to root in /proc, whoever runs it.
-    assert os.stat(f"/proc/{daemon.process.pid}/mem").st_uid == 0
 
 
 def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:

@@ -32,16 +32,9 @@ def test_an_unknown_hash_is_refused() -> None:
         kdf.pbkdf2("crc32", b"", b"", 1, 20)
 
 
-def test_no_time_at_all_still_gives_the_least_iterations() -> None:
-    assert kdf.calibrate("sha256", 0, 32) == kdf.MIN_ITERATIONS
-
-
-def test_too_much_time_gives_no_more_iterations_than_would_be_opened() -> None:
-    assert kdf.calibrate("sha256", 10**9, 32) == kdf.MAX_ITERATIONS
-
-
-def test_iterations_grow_with_the_time_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A clock that takes 1 microsecond for each iteration.
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that takes 1 microsecond for each iteration, and for nothing else."""
     now = 0.0
 
     def derive(hash_name: str, password: bytes, salt: bytes, iterations: int, length: int) -> bytearray:
@@ -51,5 +44,47 @@ def test_iterations_grow_with_the_time_asked_for(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(kdf, "pbkdf2", derive)
     monkeypatch.setattr("time.thread_time", lambda: now)
-    assert kdf.calibrate("sha256", 2000, 32) == pytest.approx(2_000_000, rel=1e-6)
-    assert kdf.calibrate("sha256", 10, 32) == pytest.approx(10_000, rel=1e-3)
+
+
+def test_no_time_at_all_still_gives_the_least_iterations() -> None:
+    assert kdf.calibrate("sha256", 0, 32) == kdf.MIN_ITERATIONS
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("milliseconds", [10, 2000, 900_000])
+def test_iterations_are_as_many_as_the_time_asked_for_allows(milliseconds: int) -> None:
+    assert kdf.calibrate("sha512", milliseconds, 32) == pytest.approx(1000 * milliseconds, rel=1e-3)
+    assert kdf.calibrate("sha512", milliseconds, 32, share=8) == pytest.approx(125 * milliseconds, rel=1e-3)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_hash_for_which_qemu_is_quicker_gets_a_tenth_more() -> None:
+    assert kdf.calibrate("sha256", 2000, 32) == pytest.approx(2_200_000, rel=1e-3)
+
+
+@pytest.mark.usefixtures("clock")
+def test_more_iterations_than_would_be_opened_are_refused() -> None:
+    kdf.calibrate("sha512", 999_000, 32)
+    with pytest.raises(
+        Error, match=r"^PBKDF iterations 1[0-9]{9} larger than 1000000000: Numerical result out of range$"
+    ):
+        kdf.calibrate("sha512", 1_002_000, 32)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("milliseconds", "complaint"),
+    [
+        (10**10, r"[0-9]+ larger than 4294967295"),
+        (10**14, r"[0-9]+ too large to scale"),
+        (-1, r"[0-9]+ too large to scale"),
+    ],
+)
+def test_absurd_times_are_refused_as_by_qemu(milliseconds: int, complaint: str) -> None:
+    with pytest.raises(Error, match=f"^PBKDF iterations {complaint}: Numerical result out of range$"):
+        kdf.calibrate("sha512", milliseconds, 32)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_measurement_can_be_stopped_after_each_of_its_parts() -> None:
+    assert len(list(kdf.calibrating("sha512", 2000, 32))) > 8

@@ -19,11 +19,14 @@ from qmpd.crypto.luks1 import (
     VolumeKey,
     Write,
     format_plan,
+    formatting,
     iterations_for,
     new_header,
     unlock_slot,
+    unlocking,
 )
-from qmpd.crypto.memory import KeyMemory
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
+from qmpd.crypto.steps import Steps, run
 from qmpd.errors import Error
 
 AES_256 = CipherSpec("aes-256", "xts", "plain64")
@@ -389,15 +392,63 @@ def test_an_absurd_iteration_count_is_refused_when_unlocking(packed: bytes) -> N
 
 
 def test_the_digest_takes_an_eighth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, float, int]] = []
+    asked: list[tuple[str, int, int, int]] = []
 
-    def calibrate(hash_name: str, milliseconds: float, key_bytes: int) -> int:
-        asked.append((hash_name, milliseconds, key_bytes))
+    def calibrating(hash_name: str, milliseconds: int, key_bytes: int, *, share: int = 1) -> Steps[int]:
+        asked.append((hash_name, milliseconds, key_bytes, share))
+        yield
         return 1000 + len(asked)
 
-    monkeypatch.setattr("qmpd.crypto.kdf.calibrate", calibrate)
-    assert iterations_for("sha512", 64, 2000) == (1001, 1002)
-    assert asked == [("sha512", 2000, 64), ("sha512", 250, 20)]
+    monkeypatch.setattr("qmpd.crypto.kdf.calibrating", calibrating)
+    assert run(iterations_for("sha512", 64, 2000)) == (1002, 1001)
+    assert asked == [("sha512", 2000, 20, 8), ("sha512", 2000, 64, 1)]
+
+
+def _kept_key_memory(monkeypatch: pytest.MonkeyPatch) -> list[KeyBuffer]:
+    """All the buffers that are taken for key material from now on."""
+    kept: list[KeyBuffer] = []
+    take = KeyMemory.take
+
+    def taken(self: KeyMemory, length: int) -> KeyBuffer:
+        kept.append(take(self, length))
+        return kept[-1]
+
+    monkeypatch.setattr(KeyMemory, "take", taken)
+    return kept
+
+
+def test_an_unlock_that_is_stopped_between_any_two_steps_leaves_no_key_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    header, _, plan = format_plan(AES_256, "sha256", PASSWORD, 1000, 1000)
+    material = next(step.data for step in plan if isinstance(step, Write) and step.offset)
+    count = len(list(unlocking(header, 0, PASSWORD, material)))
+    assert count > 10
+    for stop in range(1, count + 1):
+        kept = _kept_key_memory(monkeypatch)
+        steps = unlocking(header, 0, PASSWORD, material)
+        for _ in range(stop):
+            next(steps)
+        steps.close()
+        assert stop == 1 or kept
+        assert not any(any(buffer.data) for buffer in kept)
+        monkeypatch.undo()
+
+
+def test_a_creation_that_is_stopped_between_any_two_steps_leaves_no_key_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = len(list(formatting(AES_256, "sha256", PASSWORD, 1000, 1000)))
+    assert count > 10
+    for stop in range(1, count + 1):
+        kept = _kept_key_memory(monkeypatch)
+        steps = formatting(AES_256, "sha256", PASSWORD, 1000, 1000)
+        for _ in range(stop):
+            next(steps)
+        steps.close()
+        assert kept
+        assert not any(any(buffer.data) for buffer in kept)
+        monkeypatch.undo()
 
 
 def test_a_volume_key_is_wiped_on_the_way_out_and_never_shown() -> None:

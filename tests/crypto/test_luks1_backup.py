@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Final
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks1 import (
@@ -18,6 +20,7 @@ from qmpd.crypto.luks1 import (
     Keyslot,
     checking_digest,
     format_plan,
+    new_header,
     unlock_slot,
 )
 from qmpd.crypto.luks1_backup import (
@@ -283,3 +286,56 @@ def test_only_the_volume_key_fits_the_digest() -> None:
     volume = Volume({0: b"a"})
     assert run(checking_digest(volume.header, volume.key))
     assert not run(checking_digest(volume.header, bytes(len(volume.key))))
+
+
+def made_up(seed: int, slots: Set[int], origin: Header) -> Volume:
+    """A volume of the same key with random salts and key material: which key is which needs no passphrase."""
+    source = random.Random(seed)
+    volume = object.__new__(Volume)
+    volume.random = source.randbytes
+    volume.header, volume.key = origin, b""
+    volume.data = bytearray(origin.header_length())
+    for slot in slots:
+        described = replace(origin.slots[slot], active=True, iterations=1000, salt=source.randbytes(32))
+        volume.header = volume.header.with_slot(slot, described)
+        offset, length = origin.material_extent(slot)
+        volume.data[offset : offset + length] = source.randbytes(length)
+    packed = volume.header.pack()
+    volume.data[: len(packed)] = packed
+    return volume
+
+
+def keys(data: bytes | bytearray) -> set[tuple[bytes, bytes]]:
+    """The keys in the slots in use: whoever has the passphrase of one opens the disk."""
+    header = Header.parse(data)
+    return {(header.slots[slot].salt, material(data, header, slot)) for slot in header.active_slots}
+
+
+_SLOT_SETS: Final = st.frozensets(st.integers(0, SLOTS - 1), min_size=1)
+
+
+@settings(max_examples=40)
+@given(_SLOT_SETS, _SLOT_SETS, st.frozensets(st.integers(0, SLOTS - 1)))
+def test_whichever_slots_are_in_use_no_moment_is_without_a_way_in(
+    then: frozenset[int], there: frozenset[int], kept: frozenset[int]
+) -> None:
+    origin = new_header(SPEC, "sha256")
+    origin = replace(origin, digest_iterations=1000)
+    backup, now = made_up(1, then, origin), made_up(2, there, origin)
+    for slot in kept & then & there:
+        now.header = now.header.with_slot(slot, backup.header.slots[slot])
+        offset, length = origin.material_extent(slot)
+        now.data[offset : offset + length] = backup.data[offset : offset + length]
+    packed = now.header.pack()
+    now.data[: len(packed)] = packed
+    old, new = keys(now.data), keys(backup.data)
+    clashing = [slot for slot in then & there if slot not in kept]
+    room = SLOTS - len(then | there)
+    _, plan = plan_for(backup, now)
+    for disk in stops(bytes(now.data), plan):
+        found = keys(disk)
+        assert found & (old | new)
+        if len(clashing) <= room:
+            assert found >= old or found >= new
+    now.apply(plan)
+    assert keys(now.data) == new

@@ -445,6 +445,40 @@ async def test_a_long_write_that_fails_gets_one_error_and_the_session_goes_on(
     assert server.budget.used == 0
 
 
+@pytest.mark.parametrize("place", [2 << 20, 7 << 20])
+@pytest.mark.parametrize("ignored", [False, True])
+async def test_a_long_write_that_fails_is_one_failure_to_the_disk_which_may_ignore_it(
+    served: Served, ignored: bool, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = served.exports.nbd_server
+    assert server is not None
+    backend = server.exports["n"].backend
+    told: list[tuple[Any, ...]] = []
+    full = OSError(ENOSPC, "full")
+
+    async def pwrite(offset: int, data: Any) -> None:
+        if offset == place:
+            raise full
+
+    def failed(kind: str, size: int, took: int, error: OSError) -> bool:
+        told.append((kind, size, error))
+        return ignored
+
+    monkeypatch.setattr(backend.node, "pwrite", pwrite)
+    monkeypatch.setattr(backend, "failed", failed)
+
+    def client() -> None:
+        with served.taken("n") as wire:
+            assert wire.ask(WRITE, 0, 8 << 20, bytes(8 << 20)).error == (0 if ignored else ENOSPC)
+            assert wire.ask(WRITE, 63 << 20, 4 << 20, bytes(4 << 20)).error == EINVAL
+            assert wire.ask(FLUSH).error == 0
+
+    await served.run(client)
+    # What the client should not have asked for never reaches the disk.
+    assert told == [("wr", 8 << 20, full)]
+    assert backend.accounting.counters["wr"].operations == 0
+
+
 async def test_a_client_that_vanishes_in_a_long_write_gives_its_memory_back(served: Served) -> None:
     server = served.exports.nbd_server
     assert server is not None

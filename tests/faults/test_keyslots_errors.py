@@ -30,7 +30,9 @@ from qmpd.block.node import errno_error
 from qmpd.crypto import kdf
 from qmpd.crypto.luks1 import SECTOR, SLOTS, Header
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, erase_plan
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.crypto.plan import Plan
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 GUEST_BYTES = 64 << 10
@@ -96,8 +98,8 @@ def failing(trouble: Trouble) -> type[FileNode]:
     return FailingFile
 
 
-def secret(name: str) -> bytearray:
-    return bytearray(SECRETS[name])
+def secret(name: str) -> KeyBuffer:
+    return KeyMemory().copy_of(SECRETS[name])
 
 
 class Disk:
@@ -302,7 +304,9 @@ CHANGES: dict[str, tuple[dict[int, bytes], dict[str, Any]]] = {
 }
 
 
-def quick(hash_name: str, milliseconds: float, key_bytes: int) -> int:
+def quick(*_: Any, **__: Any) -> Steps[int]:
+    """Calibration that takes no time."""
+    yield
     return kdf.MIN_ITERATIONS
 
 
@@ -311,7 +315,7 @@ def quick(hash_name: str, milliseconds: float, key_bytes: int) -> int:
 async def test_a_command_that_fails_changes_nothing_and_the_next_one_works(
     tmp_path: Path, layout: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kdf, "calibrate", quick)
+    monkeypatch.setattr(kdf, "calibrating", quick)
     passwords, change = CHANGES[name]
     disk = Disk(tmp_path, layout)
     await disk.open(passwords, "old")

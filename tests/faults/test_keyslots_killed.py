@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from conftest import StartDaemon
@@ -34,10 +35,12 @@ from luks_volumes import Judge, accepted_by_cryptsetup, filled, new_area, opens_
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.crypto import kdf
+from qmpd.crypto.memory import KeyMemory
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 KILLS = 200
-KILLS_OF_REAL_DAEMONS = 6
+KILLS_OF_REAL_DAEMONS = 4
 CLIENTS = 3
 SEED = 5
 
@@ -158,6 +161,12 @@ class Disk:
 # -- the daemon without a monitor
 
 
+def quick(*_: Any, **__: Any) -> Steps[int]:
+    """Calibration that takes no time."""
+    yield
+    return kdf.MIN_ITERATIONS
+
+
 def serve_until_killed(disk: Disk, secret: str, journal: int, seed: int) -> None:
     """In a fork: open the disk, and change keyslots for several clients until the kill comes."""
 
@@ -165,7 +174,7 @@ def serve_until_killed(disk: Disk, secret: str, journal: int, seed: int) -> None
         os.write(journal, json.dumps(what).encode() + b"\n")
 
     async def serve() -> None:
-        graph = Graph(DRIVERS, secrets=lambda name: bytearray(name.encode()))
+        graph = Graph(DRIVERS, secrets=lambda name: KeyMemory().copy_of(name.encode()))
         node = await graph.add(disk.options(secret))
         os.write(journal, b"\n")
 
@@ -194,8 +203,8 @@ def serve_until_killed(disk: Disk, secret: str, journal: int, seed: int) -> None
 
         await asyncio.gather(*(be(client) for client in disk.clients))
 
-    kdf.calibrate = lambda *_: kdf.MIN_ITERATIONS
-    asyncio.run(serve())
+    with patch.object(kdf, "calibrating", quick):
+        asyncio.run(serve())
 
 
 def start_fork(disk: Disk, secret: str, seed: int) -> tuple[int, int]:
@@ -228,7 +237,7 @@ def killed(pid: int, reader: int, chance: random.Random, *, writing: bool) -> st
             journal += received
         time.sleep(chance.uniform(0.0, 0.003))
     else:
-        time.sleep(chance.uniform(0.0, 0.08))
+        time.sleep(chance.uniform(0.0, 0.05))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with os.fdopen(reader, "rb") as rest:

@@ -50,6 +50,12 @@ def volume(name: str, *, detached: bool) -> bytes:
 
 
 @cache
+def plan_of(name: str) -> Plan:
+    """A plan for the volume with a detached header."""
+    return CHANGES[name].plan(volume(name, detached=True), detached=True)
+
+
+@cache
 def base(*, detached: bool) -> bytes:
     return new_area(detached=detached)
 
@@ -94,11 +100,11 @@ CHANGES: dict[str, Change] = {
     },
     **{
         f"slot {n} is erased": Change({n: OLD, (n + 1) % SLOTS: OTHER}, [n], None, always=frozenset({OTHER}))
-        for n in range(SLOTS)
+        for n in (0, 3, 5, 6)
     },
     **{
         f"the only key, in slot {n}, is replaced": Change({n: OLD}, [n], NEW, either=((OLD, NEW),))
-        for n in range(SLOTS)
+        for n in (0, 3, 6, 7)
     },
     **{
         f"one of eight keys, in slot {n}, is replaced": Change(
@@ -167,15 +173,15 @@ def with_pieces(area: bytes, pieces: Pieces) -> bytes:
 def test_wherever_a_change_is_cut_off_a_passphrase_opens_the_disk(name: str) -> None:
     change, judge = CHANGES[name], Judge(detached=True)
     area = volume(name, detached=True)
-    plan = change.plan(area, detached=True)
+    plan = plan_of(name)
     everybody = {*change.before.values(), *change.after.values()}
     assert judge.opened(area, everybody) == change.before
 
     both = False
     for state in left_by_a_crash(area, plan, random.Random(name)):
         judge.header(state)
-        for password in change.always:
-            assert judge.opens(state, password), password
+        for slot, password in change.before.items():
+            assert password not in change.always or judge.opens(state, password, slot), password
         for first, second in change.either:
             opens = judge.opens(state, first), judge.opens(state, second)
             assert any(opens)
@@ -190,7 +196,7 @@ def test_nothing_is_left_of_a_key_that_is_gone(name: str) -> None:
     change = CHANGES[name]
     area = volume(name, detached=True)
     header = parse(area, detached=True)
-    plan = change.plan(area, detached=True)
+    plan = plan_of(name)
     after = carried_out(area, plan)
     for slot in change.slots:
         if slot not in change.before:

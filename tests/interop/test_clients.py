@@ -163,6 +163,7 @@ def test_qmp_shell_completes_command_names(
             offered.append(match)
         assert sorted(offered) == [
             "blockdev-add",
+            "blockdev-amend",
             "blockdev-create",
             "blockdev-del",
             "blockdev-reopen",

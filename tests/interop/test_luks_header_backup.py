@@ -104,8 +104,9 @@ class Disk:
         assert self.job(f"{PREFIX}luks-header-backup", filename=str(path)) is None
         return path
 
-    def restore(self, path: Path, **more: Any) -> str | None:
-        return self.job(f"{PREFIX}luks-header-restore", filename=str(path), **more)
+    def restore(self, path: Path | None, **more: Any) -> str | None:
+        named = {} if path is None else {"filename": str(path)}
+        return self.job(f"{PREFIX}luks-header-restore", **named, **more)
 
     def amend(self, **options: Any) -> None:
         wrapped: Mapping[str, Any] = {"driver": "luks", **options}
@@ -268,6 +269,7 @@ def test_what_cryptsetup_saved_is_put_back(detached: Disk) -> None:
         ("qcow2", "noise"),
         ("detached", "zeroes"),
         ("detached", "second sector"),
+        ("detached", "all of it"),
         ("detached", "key material"),
     ],
 )
@@ -284,6 +286,8 @@ def test_a_damaged_header_is_put_back_while_the_disk_is_open(
         with disk.header.open("r+b") as file:
             file.seek(place)
             file.write(os.urandom(512 * 1024))
+    elif what == "all of it":
+        os.truncate(disk.header, 0)
     elif what == "second sector":
         disk.overwrite(b"\xff" * 512, 512)
     else:
@@ -297,7 +301,38 @@ def test_a_damaged_header_is_put_back_while_the_disk_is_open(
     assert disk.qemu_opens(SECOND)
 
 
-def refused(disk: Disk, path: Path, text: str, **more: Any) -> None:
+@pytest.mark.parametrize("kind", ["detached", "qcow2"])
+def test_without_a_backup_a_header_becomes_what_is_known_of_it(
+    kind: str, tmp_path: Path, daemon: RunningDaemon
+) -> None:
+    disk = Disk(kind, tmp_path, daemon)
+    disk.add_second()
+    refused(disk, None, "The LUKS header can be read: to change it back, name a backup", force=True)
+    before = disk.header.read_bytes()
+    disk.overwrite(os.urandom(4096))
+    assert disk.restore(None) is None
+    assert disk.keyslots()["state"] == "unchanged"
+    after = disk.header.read_bytes()
+    assert after[disk.place() :][:592] == before[disk.place() :][:592]
+    disk.close()
+    assert disk.qemu_opens(PASSWORD)
+    assert disk.qemu_opens(SECOND)
+
+
+def test_without_a_backup_the_volume_key_in_memory_saves_a_header_that_is_all_gone(detached: Disk) -> None:
+    os.truncate(detached.header, 0)
+    refused(
+        detached, None, "The passphrase of secret 'pw' opens no keyslot of the header that would be put back"
+    )
+    assert detached.restore(None, force=True) is None
+    options = {"driver": "luks", "state": "active", "keyslot": 0, "new-secret": "second", "iter-time": 1}
+    assert detached.job("blockdev-amend", options=options, force=True) is None
+    detached.close()
+    assert opens(SECOND, detached.header)
+    assert detached.qemu_opens(SECOND)
+
+
+def refused(disk: Disk, path: Path | None, text: str, **more: Any) -> None:
     """The restoration fails so, and nothing has changed."""
     before = disk.header.read_bytes()
     assert disk.restore(path, **more) == text
@@ -343,7 +378,11 @@ def test_a_backup_that_the_nodes_passphrase_does_not_open_needs_a_secret_that_do
     detached.amend(state="inactive", keyslot=0)
     backup = detached.backup()
     detached.amend(state="active", keyslot=0, **{"new-secret": "pw", "iter-time": 1, "secret": "second"})
-    refused(detached, backup, "The passphrase of secret 'pw' opens no keyslot of the backup")
+    refused(
+        detached,
+        backup,
+        "The passphrase of secret 'pw' opens no keyslot of the header that would be put back",
+    )
     assert detached.restore(backup, secret="second") is None
     assert detached.active() == [1]
     detached.amend(state="active", keyslot=0, **{"new-secret": "pw", "iter-time": 1, "secret": "second"})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 
 import pytest
@@ -215,6 +216,90 @@ async def test_a_client_that_vanishes_does_not_stop_its_command(serve):
     gate.set()
     await asyncio.wait_for(done.wait(), 10)
     assert await other.ask("query") == {"return": 1}
+
+
+class Vain:
+    """A handler that waits until it is told to go on or is cancelled."""
+
+    def __init__(self):
+        self.begun, self.gate, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, arguments):
+        self.begun.set()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return {}
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+async def test_a_command_that_nobody_wants_any_more_is_cancelled(serve, half_closed):
+    vain = Vain()
+    served = await serve({"vain": vain, "query": lambda arguments: 1})
+    client, other = await served.connect(), await served.connect()
+    client.send(lines("vain"))
+    await asyncio.wait_for(vain.begun.wait(), 10)
+    if half_closed:
+        client.writer.write_eof()
+        await asyncio.sleep(0.02)
+    client.writer.transport.abort()
+    await asyncio.wait_for(vain.cancelled.wait(), 10)
+    assert await other.ask("query") == {"return": 1}
+
+
+async def test_a_client_that_only_stops_talking_still_wants_its_command(serve, monkeypatch):
+    monkeypatch.setattr("qmpd.monitor.server._GRACE", 0)
+    vain = Vain()
+    served = await serve({"vain": vain})
+    client = await served.connect()
+    client.send(lines("vain"))
+    client.writer.write_eof()
+    await asyncio.wait_for(vain.begun.wait(), 10)
+    await asyncio.sleep(0.05)
+    vain.gate.set()
+    assert [await client.receive() for _ in range(2)] == [{"return": {}}, None]
+    assert not vain.cancelled.is_set()
+
+
+async def test_what_a_client_said_before_it_went_is_done_if_it_is_quick(serve):
+    done = asyncio.Event()
+
+    async def vain(arguments):
+        await asyncio.sleep(0)
+        done.set()
+        return {}
+
+    served = await serve({"vain": vain})
+    client = await served.connect()
+    client.send(lines("vain"))
+    client.writer.close()
+    await asyncio.wait_for(done.wait(), 10)
+
+
+async def test_a_watch_for_clients_that_went_leaves_no_descriptor_behind(serve):
+    vain = Vain()
+    served = await serve({"vain": vain})
+
+    async def visit():
+        client = await served.connect()
+        client.send(lines("vain"))
+        await asyncio.wait_for(vain.begun.wait(), 10)
+        client.writer.write_eof()
+        await asyncio.sleep(0.01)
+        client.writer.transport.abort()
+        await asyncio.wait_for(vain.cancelled.wait(), 10)
+        vain.begun.clear()
+        vain.cancelled.clear()
+        while served.monitor._connections:
+            await asyncio.sleep(0.01)
+
+    await visit()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        await visit()
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 async def test_a_client_that_has_said_all_gets_its_answers_before_the_end(serve):

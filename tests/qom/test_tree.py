@@ -116,12 +116,16 @@ async def test_qom_set_changes_what_qom_get_shows(tree: ObjectTree) -> None:
 
 
 def test_types_are_listed_by_what_they_implement(tree: ObjectTree) -> None:
-    assert tree.list_types("secret_common") == [{"name": "secret", "parent": "secret_common"}]
+    assert tree.list_types("secret_common") == [
+        {"name": "secret", "parent": "secret_common"},
+        {"name": "secret_keyring", "parent": "secret_common"},
+    ]
     assert {each["name"] for each in tree.list_types("user-creatable")} == {
         "authz-list",
         "authz-simple",
         "iothread",
         "secret",
+        "secret_keyring",
         "throttle-group",
         "tls-creds-anon",
         "tls-creds-psk",
@@ -134,6 +138,7 @@ def test_abstract_types_are_listed_on_demand(tree: ObjectTree) -> None:
     assert tree.list_types("secret_common", abstract=True) == [
         {"name": "secret_common", "abstract": True, "parent": "object"},
         {"name": "secret", "parent": "secret_common"},
+        {"name": "secret_keyring", "parent": "secret_common"},
     ]
     assert not any(each.get("abstract") for each in tree.list_types())
 

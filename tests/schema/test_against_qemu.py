@@ -75,7 +75,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     (
         "object-add.qom-type",
-        "authz-listfile authz-pam main-loop pr-manager-helper secret_keyring tls-cipher-suites",
+        "authz-listfile authz-pam main-loop pr-manager-helper tls-cipher-suites",
         LATER,
     ),
     ("block-export-add.type", "fuse vduse-blk vhost-user-blk", LATER),
@@ -106,6 +106,11 @@ LUKS2: Final = "is of LUKS2, which QEMU has not"
 
 #: (place, members or values that only qmpd has there, why).
 ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
+    (
+        "x-blockdev-amend.options<qcow2>",
+        "backing-file backing-fmt data-file data-file-raw lazy-refcounts refcount-bits size version",
+        "is what qemu-img can amend, and QEMU's daemons can't",
+    ),
     ("blockdev-add.driver", "gluks", "is the driver's name in early proposals, and deprecated"),
     ("blockdev-add<luks>", "header-file", "is the member's name in early proposals, and deprecated"),
     (

@@ -63,6 +63,8 @@ def test_the_service_keeps_what_was_promised() -> None:
         "CapabilityBoundingSet=",
         "MemoryDenyWriteExecute=yes",
         "LimitCORE=0",
+        "LimitMEMLOCK=8M",
+        "MemorySwapMax=0",
         "UMask=0077",
     }
     # It would hide from qmpd which user a client is.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qmpd.block import allocation, creation
 from qmpd.block.buffers import unset
 from qmpd.block.change import Change
-from qmpd.block.file_locks import ImageLocks
+from qmpd.block.file_locks import ImageLocks, is_supported
 from qmpd.block.node import SECTOR, BlockStatus, Data, Extent, Node, NotSupported
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
@@ -122,10 +122,23 @@ class FileNode(Node):
         writable = not self.read_only and not self.node_options.auto_read_only
         self._descriptor, self._direct_descriptor = self._open_descriptors(writable)
         self._writable = writable
-        if self.options.get("locking", "auto") != "off":
+        if self._shall_lock(self.options.get("locking", "auto")):
             self._lock_descriptor = os.dup(self._descriptor)
-            self._locks = ImageLocks(self._lock_descriptor)
+            self._locks = ImageLocks(self._lock_descriptor, self._filename)
         self._size = os.fstat(self._descriptor).st_size
+
+    def _shall_lock(self, locking: str) -> bool:
+        """Whether to lock the image.
+
+        :param locking: OnOffAuto.
+        :raise Error: if it has to be, but the system has no locks that could be relied on.
+        """
+        if locking == "off" or is_supported(self._descriptor):
+            return locking != "off"
+        if locking == "on":
+            # The older kind is lost when any descriptor of the file is closed.
+            raise Error("locking=on was specified, but the system has no locks of open file descriptions")
+        return False
 
     async def reopen(self, options: Mapping[str, Any], node_options: NodeOptions, change: Change) -> None:
         """Open the same file again if it is to be used in another way."""
@@ -135,8 +148,7 @@ class FileNode(Node):
         if writable == self._writable and node_options.direct == before.direct:
             return
         try:
-            # Its name may mean another file by now.
-            new = self._try_open(f"/proc/self/fd/{self._descriptor}", writable)
+            new = self._try_open(self._same_file, writable)
         except OSError as error:
             raise Error(f"Could not reopen file: {error.strerror}") from None
         old = self._descriptor, self._direct_descriptor
@@ -150,10 +162,15 @@ class FileNode(Node):
         self._descriptor, self._direct_descriptor = descriptor, direct_descriptor
         self._writable = writable
 
+    @property
+    def _same_file(self) -> str:
+        """A name of the file that is open: its own may mean another one by now, which is not locked."""
+        return f"/proc/self/fd/{self._descriptor}"
+
     def _open_descriptors(self, writable: bool) -> tuple[int, int]:
         """A descriptor through the page cache, and with `cache.direct` one past it (else -1)."""
         try:
-            return self._try_open(self._filename, writable)
+            return self._try_open(self._filename if self._descriptor < 0 else self._same_file, writable)
         except OSError as error:
             raise Error(f"Could not open '{self._filename}': {error.strerror}") from None
 
@@ -417,8 +434,9 @@ def _create_file(options: Mapping[str, Any]) -> None:
     except OSError as error:
         raise Error(f"Could not create '{filename}': {error.strerror}") from None
     try:
-        locks = ImageLocks(descriptor)
-        locks.prepare(creation.PERMISSIONS, Permission.everything() & ~Permission.RESIZE)
+        if is_supported(descriptor):
+            locks = ImageLocks(descriptor, filename)
+            locks.prepare(creation.PERMISSIONS, Permission.everything() & ~Permission.RESIZE)
         resize(descriptor, 0, "off")
         if options.get("nocow"):
             allocation.ask_no_copy_on_write(descriptor)

@@ -103,8 +103,10 @@ class LuksNode(KeyslotHolder):
         if role != self.header_role:
             return perm, shared
         if self.header_access is HeaderAccess.EXCLUSIVE:
-            # A file may end before the first key of a slot that nobody has used yet.
-            perm |= Permission.WRITE | Permission.RESIZE
+            perm |= Permission.WRITE
+            if self._header is not None and self._header.length > self.header_area.node.size:
+                # It ends before the key of a slot that nobody has used yet.
+                perm |= Permission.RESIZE
         return self.header_access.permissions(perm, shared)
 
     def format_specific(self) -> dict[str, Any] | None:
@@ -149,6 +151,10 @@ class LuksNode(KeyslotHolder):
     def copy_volume_key(self) -> VolumeKey:
         """A copy of what the cipher has."""
         return VolumeKey(self._open_payload.copy_key())
+
+    def check_amend(self) -> None:
+        """Nobody else may have the header open."""
+        keyslots.check_access(self)
 
     async def amend(
         self,
@@ -226,7 +232,7 @@ async def create(graph: Graph, options: Mapping[str, Any]) -> None:
             offset = header.segments[0].offset
             await payload.truncate(offset + size, preallocation)
         if header_disk is not None:
-            await header_disk.truncate(header.key_area_end(0))
+            await header_disk.truncate(header.length)
         for step in plan:
             if isinstance(step, Write):
                 await target.pwrite(step.offset, step.data)

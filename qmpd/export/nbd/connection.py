@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from qmpd.block.buffers import unset
 from qmpd.block.node import BlockStatus, Data
+from qmpd.errors import trace
 from qmpd.export import eager
 from qmpd.export.nbd import wire
 from qmpd.export.nbd.budget import LEAST, PIECE, Share
@@ -430,7 +431,7 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 check(long.request, self._agreement, self._size, writable=self._used.writable)
             except RequestError as refusal:
-                long.fail(refusal.number, str(refusal))
+                long.fail(refusal)
             return
         long.missing -= request.length
         if not long.missing:
@@ -441,7 +442,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._share.give(request.length)
         if long.done:
-            self._put(self._dialect.error(long.request, *long.failure))
+            self._start(self._answer_long(long))
 
     def _start(self, serving: Coroutine[Any, Any, None]) -> None:
         """Serve something as far as it gets without waiting, and the rest in a task."""
@@ -494,20 +495,26 @@ class Connection(asyncio.BufferedProtocol):
         try:
             await self._used.backend.pwrite(piece.offset, piece.payload, counted=False)
         except Exception as error:
-            long.fail(_number_of(error, piece), _FAILURES[wire.CMD_WRITE])
+            long.fail(error)
         finally:
             long.under_way -= 1
             self._share.give(piece.length)
-        if not long.done:
+        if long.done:
+            await self._answer_long(long)
+
+    async def _answer_long(self, long: LongWrite) -> None:
+        """Count a long write, as one request, and answer it."""
+        request, failure, backend = long.request, long.failure, self._used.backend
+        if isinstance(failure, RequestError):
+            self._put(self._dialect.error(request, failure.number, str(failure)))
             return
-        # To the statistics it is one request.
-        accounting, time = self._used.backend.accounting, perf_counter_ns() - long.began
-        if long.failure is None:
-            accounting.done("wr", long.request.length, time)
-            await self._serve(long.request._replace(command=LONG | wire.CMD_WRITE))
-        else:
-            accounting.failed("wr", time)
-            self._put(self._dialect.error(long.request, *long.failure))
+        took = perf_counter_ns() - long.began
+        if failure is None:
+            backend.succeeded("wr", request.length, took)
+        elif not (isinstance(failure, OSError) and backend.failed("wr", request.length, took, failure)):
+            self._put(self._failure(request, failure))
+            return
+        await self._serve(request._replace(command=LONG | wire.CMD_WRITE))
 
     async def _read(self, request: Request) -> None:
         _, _, _, offset, length, _ = request
@@ -694,7 +701,7 @@ def _number_of(error: Exception, request: Request) -> int:
     """The error on the wire for what went wrong; what nobody expected is logged."""
     if isinstance(error, OSError):
         return wire.error_number(error)
-    _logger.error("an NBD request failed: %r", request[:5], exc_info=error)
+    _logger.error("an NBD request failed: %r\n%s", request[:5], trace(error))
     return wire.EIO
 
 

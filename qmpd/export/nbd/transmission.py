@@ -234,13 +234,13 @@ class LongWrite:
         #: Bytes that are still to come, and pieces that are being written.
         self.missing = request.length
         self.under_way = 0
-        #: The error on the wire, and a text, of what failed first; nothing is written any more.
-        self.failure: tuple[int, str] | None = None
+        #: What went wrong first; nothing is written any more.
+        self.failure: Exception | None = None
 
-    def fail(self, number: int, text: str) -> None:
+    def fail(self, failure: Exception) -> None:
         """Note what went wrong, unless something had before."""
         if self.failure is None:
-            self.failure = number, text
+            self.failure = failure
 
     @property
     def done(self) -> bool:

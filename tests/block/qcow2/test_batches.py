@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_images import OPTIONS, WITH_BACKING, attach, create, detach, judge, run
+from qcow2_images import OPTIONS, WITH_BACKING, attach, create, create_over, detach, judge, run
 
 from qmpd.block.backend import Backend
 from qmpd.block.drivers.file import FileNode
@@ -68,12 +68,8 @@ async def test_batches_do_what_a_plain_array_of_bytes_does(
 ) -> None:
     chance = random.Random(options)
     size = 2 * MEGABYTE + 1024
-    model = bytearray(size)
-    if backed:
-        base = chance.randbytes(MEGABYTE + 1536)
-        (tmp_path / "base.raw").write_bytes(base)
-        model[: len(base)] = base
-    path = create(tmp_path, options, size, backing="base.raw" if backed else None)
+    base = chance.randbytes(MEGABYTE + 1536) if backed else b""
+    path, model = create_over(tmp_path, options, size, base)
     for cache in ({}, {"l2-cache-size": 1024, "refcount-cache-size": 1024}):
         backend = await attach(graph, path, **cache)
         for _ in range(8):

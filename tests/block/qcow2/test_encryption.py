@@ -16,6 +16,7 @@ from qmpd.block.drivers.qcow2.metadata import Metadata
 from qmpd.block.graph import Graph
 from qmpd.block.node import errno_error
 from qmpd.crypto import sectors
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.errors import Error
 
 pytestmark = pytest.mark.peer("qemu-img", "qemu-io")
@@ -179,15 +180,15 @@ async def test_the_key_is_wiped_when_the_node_goes_and_when_it_fails_to_open(
     graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ciphers: list[sectors.SectorCipher] = []
-    passwords: list[bytearray] = []
+    passwords: list[KeyBuffer] = []
     made = sectors.SectorCipher.__init__
 
     def remember(cipher: sectors.SectorCipher, *arguments: Any, **more: Any) -> None:
         made(cipher, *arguments, **more)
         ciphers.append(cipher)
 
-    def secret(secret_id: str) -> bytearray:
-        passwords.append(bytearray(b"pw"))
+    def secret(secret_id: str) -> KeyBuffer:
+        passwords.append(KeyMemory().copy_of(b"pw"))
         return passwords[-1]
 
     async def fail(meta: Metadata) -> None:
@@ -198,17 +199,17 @@ async def test_the_key_is_wiped_when_the_node_goes_and_when_it_fails_to_open(
     for options in (LUKS, AES):
         path = create(tmp_path, options)
         backend = await attach(graph, path, encrypt=encryption(options))
-        assert any(any(cipher._key) for cipher in ciphers)
+        assert any(any(cipher._key.data) for cipher in ciphers)
         await detach(graph, backend)
-        assert not any(any(cipher._key) for cipher in ciphers)
+        assert not any(any(cipher._key.data) for cipher in ciphers)
         with monkeypatch.context() as patch:
             patch.setattr(Metadata, "load", fail)
             with pytest.raises(Error, match="^Could not read qcow2 image: Input/output error$"):
                 await attach(graph, path, encrypt=encryption(options))
     assert len(ciphers) == 6, "two volume keys and two keyslots' of LUKS, two of AES"
     assert len(passwords) == 4
-    assert not any(any(cipher._key) for cipher in ciphers)
-    assert not any(any(password) for password in passwords)
+    assert not any(any(cipher._key.data) for cipher in ciphers)
+    assert not any(any(password.data) for password in passwords)
 
 
 async def make(graph: Graph, path: Path, **more: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_images import OPTIONS, WITH_BACKING, attach, create, detach, judge, run
+from qcow2_images import OPTIONS, WITH_BACKING, attach, create, create_over, detach, judge, run
 
 from qmpd.block.graph import Graph
 
@@ -94,13 +94,9 @@ async def test_what_qmpd_wrote_is_clean_and_read_the_same(
 ) -> None:
     chance = random.Random(options)
     size = 3 * MEGABYTE + 512
-    model = bytearray(size)
-    if backed:
-        # Shorter than the image in front of it, and not a whole number of clusters.
-        base = chance.randbytes(2 * MEGABYTE + 1536)
-        (tmp_path / "base.raw").write_bytes(base)
-        model[: len(base)] = base
-    path = create(tmp_path, options, size, backing="base.raw" if backed else None)
+    # Shorter than the image in front of it, and not a whole number of clusters.
+    base = chance.randbytes(2 * MEGABYTE + 1536) if backed else b""
+    path, model = create_over(tmp_path, options, size, base)
     for cache in ({}, {"l2-cache-size": 1024, "refcount-cache-size": 1024}):
         backend = await attach(graph, path, **cache)
         for _ in range(12):

@@ -12,8 +12,15 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from qmpd.block.drivers.qcow2 import mapping
+from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES
+
+if TYPE_CHECKING:
+    from qmpd.block.drivers.qcow2.header import Bitmaps
+    from qmpd.block.node import Data
 
 _ENTRY: Final = struct.Struct(">QIIBBHI")
 _FLAGS_POSITION: Final = 12
@@ -55,3 +62,22 @@ def not_to_be_believed(directory: bytes, *, resized: bool = False) -> bytes:
             flags = bitmap.flags | Flags.IN_USE
             struct.pack_into(">I", changed, bitmap.position + _FLAGS_POSITION, flags)
     return bytes(changed)
+
+
+async def clusters_of(
+    read: Callable[[int, int], Awaitable[Data]], bitmaps: Bitmaps, cluster_bytes: int
+) -> list[tuple[int, int]]:
+    """What the bitmaps of an image take: offset and length of each piece, in bytes.
+
+    :param read: reads from the image file.
+    :raise OSError: what the storage says.
+    """
+    found = [(bitmaps.directory_offset, bitmaps.directory_bytes)]
+    for bitmap in parse_directory(bytes(await read(bitmaps.directory_offset, bitmaps.directory_bytes))):
+        table, length = bitmap.table_offset, bitmap.table_entries * 8
+        if length <= MAX_L1_BYTES and table % cluster_bytes == 0:
+            found.append((table, length))
+            words = mapping.parse_table(await read(table, length))
+            places = [word & mapping.OFFSET for word in words]
+            found += [(place, cluster_bytes) for place in places if place and place % cluster_bytes == 0]
+    return found

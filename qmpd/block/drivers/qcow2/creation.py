@@ -20,6 +20,7 @@ from qmpd.block.drivers.qcow2.header import (
     MAX_REFCOUNT_ORDER,
     MAX_SIZE,
     MIN_CLUSTER_BITS,
+    MIN_CLUSTER_FOR_NAMES,
     MIN_SUBCLUSTER,
     SUBCLUSTERS,
     Autoclear,
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_CLUSTER: Final = 64 << 10
 _DEFAULT_REFCOUNT_BITS: Final = 16
-
-#: Only images with clusters of at least so many bytes name their features.
-_MIN_CLUSTER_FOR_NAMES: Final = 8192
 
 #: Nobody else writes to an image in the making.
 _ALONE: Final = Permission.everything() & ~PERMISSIONS
@@ -178,7 +176,7 @@ def new_header(options: _Options, data_file: str | None) -> Header:
     if header.encryption is Encryption.LUKS:
         # Where it is will be seen when there is a layout.
         header.extensions.append(Extension(ExtensionType.CRYPTO, bytes(16)))
-    if header.version >= 3 and header.cluster_bytes >= _MIN_CLUSTER_FOR_NAMES:
+    if header.version >= 3 and header.cluster_bytes >= MIN_CLUSTER_FOR_NAMES:
         header.extensions.append(feature_name_table())
     _check_room(header)
     if "backing-file" in options:
@@ -220,7 +218,10 @@ async def create(graph: Graph, options: _Options) -> None:
     :raise Error: what went wrong.
     """
     async with AsyncExitStack() as stack:
-        target = await stack.enter_async_context(creation.disk_for(graph, options["file"], _ALONE))
+        # QEMU opens the image that it has made, and reads; who may not read must not make one here either.
+        target = await stack.enter_async_context(
+            creation.disk_for(graph, options["file"], _ALONE, reads=True)
+        )
         data = None
         if "data-file" in options:
             # Before another node is opened, for that may be seen.

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 import numpy as np
 
 from qmpd.block.change import Change
-from qmpd.block.drivers.qcow2 import mapping
+from qmpd.block.drivers.qcow2 import amending, mapping
+from qmpd.block.drivers.qcow2.amending import check_size
 from qmpd.block.drivers.qcow2.bitmaps import not_to_be_believed
 from qmpd.block.drivers.qcow2.compression import decompress
 from qmpd.block.drivers.qcow2.gathering import CachedReads, JoinedWrite, Piece
@@ -37,8 +38,6 @@ from qmpd.block.drivers.qcow2.header import (
     INCOMPATIBLE_POSITION,
     L1_POSITION,
     MAX_BACKING_NAME,
-    MAX_L1_BYTES,
-    MAX_SIZE,
     SIZE_POSITION,
     SUBCLUSTERS,
     V2_BYTES,
@@ -73,6 +72,7 @@ from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.block.drivers.qcow2.encryption import DataCipher
+    from qmpd.block.drivers.qcow2.snapshots import Snapshot
     from qmpd.block.graph import Graph
     from qmpd.block.luks_header import HeaderArea, OpenedSlot
     from qmpd.crypto.luks import LuksHeader
@@ -153,6 +153,9 @@ class Qcow2Node(KeyslotHolder):
         self._dead = False
         self._complained = False
         self._dirtying = asyncio.Lock()
+        self._amending = asyncio.Lock()
+        #: Whether clusters may become zero clusters; not while the image is to become one of version 2.
+        self.zero_flags_wanted = True
         self._marking: asyncio.Task[None] | None = None
 
     # -- opening and closing
@@ -375,6 +378,8 @@ class Qcow2Node(KeyslotHolder):
         assert self._cipher is not None, "only an encrypted image has keyslots"
         return self._cipher
 
+    # -- amending
+
     async def amend(
         self,
         options: Mapping[str, Any],
@@ -383,14 +388,104 @@ class Qcow2Node(KeyslotHolder):
         progress: Callable[[int, int], None],
         commit: Callable[[], None],
     ) -> None:
-        """Change keyslots.
+        """Change keyslots, or what else the header says.
 
         :param options: BlockdevAmendOptionsQcow2.
         """
-        if "encrypt" in options:
-            if self._cipher is None:
+        async with self._amending:
+            if "encrypt" in options and self._cipher is None:
                 raise Error("image is not encrypted, can't amend")
-            await self._cipher.amend(self, options["encrypt"], force=force, commit=commit)
+            others = not amending.OPTIONS.isdisjoint(options)
+            if others and "encrypt" in options:
+                await amending.check(self, options, force=force)
+            if self._cipher is not None and "encrypt" in options:
+                await self._cipher.amend(self, options["encrypt"], force=force, commit=commit)
+            if others:
+                await amending.amend(self, options, force=force, progress=progress, commit=commit)
+
+    @property
+    def tables(self) -> Metadata:
+        """The tables at work.
+
+        :raise OSError: ENOMEDIUM if they can't be trusted any more.
+        """
+        return self._alive()
+
+    @property
+    def snapshot_entries(self) -> list[Snapshot]:
+        """The entries of the snapshot table."""
+        return self._snapshots.entries
+
+    @property
+    def resizing(self) -> asyncio.Lock:
+        """Held by whoever gives the disk another size."""
+        return self._resizing
+
+    async def resize(self, size: int) -> None:
+        """What `truncate` does, for whoever holds `resizing`."""
+        await self._truncate(size, "off")
+
+    async def complete_snapshot_table(self) -> None:
+        """See `InternalSnapshots.complete`."""
+        await self._snapshots.complete(self._alive())
+
+    async def place_zero_clusters(self, first: int, most: int) -> bool:
+        """Give zero clusters of a piece of an L2 table places that are full of zeroes.
+
+        :param first: the number of a cluster on the disk that the piece has the entry of.
+        :param most: bytes to write, if a cluster is not larger.
+        :returns: whether there may be more of them.
+        """
+        meta = self._alive()
+        first -= first % meta.slice_entries
+        most = max(1, most >> self._bits)
+        piece = await meta.slice_for(first)
+        index = None if piece is None else mapping.first_zero(piece.words)
+        if index is None:
+            return False
+        cluster = first + index
+        epoch = meta.epoch
+        epoch.requests += 1
+        try:
+            async with self._changing(cluster, min(cluster + most, first + meta.slice_entries)):
+                piece = await meta.writable_slice(cluster)
+                count = mapping.zero_run(piece.words, index, most)
+                if count:
+                    data = memoryview(bytes(count << self._bits))
+                    await self._allocate_and_write(meta, piece, cluster << self._bits, data)
+        finally:
+            epoch.requests -= 1
+        return True
+
+    async def write_to_place(self, place: int, data: Data, offset: int) -> None:
+        """Write the disk's data at `offset` to its place in the file, enciphered if need be."""
+        await self._write_data(place, data, offset)
+
+    def be_lazy(self) -> None:
+        """Postpone refcounts from now on; the header says already that they are not to be relied on."""
+        meta = self._alive()
+        meta.lazy, meta.before_change = True, self._become_dirty
+
+    async def stop_being_lazy(self) -> None:
+        """Write the refcounts, and do not postpone them any more.
+
+        :raise OSError: what the storage says.
+        """
+        meta = self._alive()
+        meta.lazy = False
+        await meta.commit(refcounts_too=True)
+        meta.before_change = None
+        # If this fails the bit may stay until the image is closed; it does no harm.
+        async with self._dirtying:
+            if self._header.incompatible & Incompatible.DIRTY:
+                await self._set_incompatible(self._header.incompatible & ~Incompatible.DIRTY)
+
+    def name_backing(self) -> None:
+        """The header has another name for the backing image."""
+        name = self._header.backing_name
+        self.backing_filename = name.decode(errors="surrogateescape") if name else None
+        self.backing_format = self._header.backing_format
+        self.implied_backing = None
 
     async def settle(self) -> None:
         """Write back all tables, and say that the image was closed properly."""
@@ -400,7 +495,7 @@ class Qcow2Node(KeyslotHolder):
         if meta is None or self.read_only or self._dead:
             return
         await meta.settle()
-        if meta.lazy and self._header.incompatible & Incompatible.DIRTY:
+        if self._header.incompatible & Incompatible.DIRTY:
             await self._set_incompatible(self._header.incompatible & ~Incompatible.DIRTY)
 
     async def close(self) -> None:
@@ -1231,7 +1326,9 @@ class Qcow2Node(KeyslotHolder):
 
     async def _pwrite_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         meta = self._alive()
-        if self._header.version < 3 and (self.backing is not None or not unmap):
+        # As it is now: the image may be about to become one of version 2, and waits for this request then.
+        flag = ZERO if self._has_zero_flag else 0
+        if not flag and (self.backing is not None or not unmap):
             raise NotSupported
         epoch = meta.epoch
         epoch.requests += 1
@@ -1247,11 +1344,11 @@ class Qcow2Node(KeyslotHolder):
             if self._external and self._header.raw_external_data and start < end:
                 await self._write_zeroes(start, end - start, unmap=unmap)
             while start < end:
-                start = await self._zero_some(meta, start, end, unmap)
+                start = await self._zero_some(meta, start, end, unmap, flag)
         finally:
             epoch.requests -= 1
 
-    async def _zero_some(self, meta: Metadata, start: int, end: int, unmap: bool) -> int:
+    async def _zero_some(self, meta: Metadata, start: int, end: int, unmap: bool, flag: int) -> int:
         """Make clusters read as zeroes, as far as one slice goes; returns where the next ones begin."""
         cluster = start >> self._bits
         slice_end = (cluster // meta.slice_entries + 1) * meta.slice_entries << self._bits
@@ -1266,7 +1363,7 @@ class Qcow2Node(KeyslotHolder):
                 position = index * meta.entry_words
                 entry = piece.words[position]
                 if whole:
-                    self._zero_cluster(meta, piece, position, unmap)
+                    self._zero_cluster(meta, piece, position, unmap, flag)
                 elif entry & mapping.COMPRESSED:
                     # Part of a compressed cluster: the rest of it needs a place of its own.
                     await self._allocate_and_write(meta, piece, start, memoryview(bytes(stop - start)))
@@ -1282,12 +1379,11 @@ class Qcow2Node(KeyslotHolder):
             await meta.commit()
         return start
 
-    def _zero_cluster(self, meta: Metadata, piece: L2Slice, position: int, unmap: bool) -> None:
+    def _zero_cluster(self, meta: Metadata, piece: L2Slice, position: int, unmap: bool, flag: int) -> None:
         entry = piece.words[position]
         compressed = bool(entry & mapping.COMPRESSED)
         keep = not compressed and (not unmap or self._keeps_places)
-        flags = 0 if meta.entry_words == 2 or self._header.version < 3 else ZERO
-        new = (entry if keep else 0) | flags
+        new = (entry if keep else 0) | (flag if meta.entry_words == 1 else 0)
         if meta.entry_words == 2:
             piece.words[position + 1] = mapping.ALL_SUBCLUSTERS << SUBCLUSTERS
         elif new == entry:
@@ -1296,6 +1392,10 @@ class Qcow2Node(KeyslotHolder):
         piece.mark(position, position + meta.entry_words)
         if not keep:
             self._free_entry(meta, entry, discard=self._passes_request)
+
+    @property
+    def _has_zero_flag(self) -> bool:
+        return self._header.version >= 3 and self.zero_flags_wanted
 
     @property
     def _keeps_places(self) -> bool:
@@ -1307,7 +1407,8 @@ class Qcow2Node(KeyslotHolder):
 
     async def _pdiscard(self, offset: int, length: int) -> None:
         meta = self._alive()
-        if self._header.version < 3 and self.backing is not None:
+        flag = ZERO if self._has_zero_flag else 0
+        if not flag and self.backing is not None:
             # What was hidden would come to light again.
             raise NotSupported
         start = offset + -offset % self._cluster
@@ -1326,13 +1427,16 @@ class Qcow2Node(KeyslotHolder):
                 cluster = start >> self._bits
                 until = (cluster // meta.slice_entries + 1) * meta.slice_entries
                 async with self._changing(cluster, min(until, -(-end // self._cluster))):
-                    start = await self._discard_some(meta, start, end, full=False)
+                    start = await self._discard_some(meta, start, end, flag)
         finally:
             epoch.requests -= 1
 
-    async def _discard_some(self, meta: Metadata, start: int, end: int, *, full: bool) -> int:
+    async def _discard_some(
+        self, meta: Metadata, start: int, end: int, flag: int, *, full: bool = False
+    ) -> int:
         """Give clusters up, as far as one slice goes; returns where the next ones begin.
 
+        :param flag: of entries that are to read as zeroes.
         :param full: what is behind the disk's end does not even have to read as zeroes.
         """
         cluster = start >> self._bits
@@ -1345,13 +1449,13 @@ class Qcow2Node(KeyslotHolder):
         index = cluster % meta.slice_entries
         count = -(-(end - start) // self._cluster)
         for position in range(index * meta.entry_words, (index + count) * meta.entry_words, meta.entry_words):
-            self._discard_cluster(meta, piece, position, hidden=hidden, full=full)
+            self._discard_cluster(meta, piece, position, flag, hidden=hidden, full=full)
         if meta.much_freed:
             await meta.commit()
         return end
 
     def _discard_cluster(
-        self, meta: Metadata, piece: L2Slice, position: int, *, hidden: bool, full: bool
+        self, meta: Metadata, piece: L2Slice, position: int, flag: int, *, hidden: bool, full: bool
     ) -> None:
         words = piece.words
         entry = words[position]
@@ -1366,8 +1470,8 @@ class Qcow2Node(KeyslotHolder):
             new = entry if keep else 0
             if extended:
                 new_bitmap = mapping.ALL_SUBCLUSTERS << SUBCLUSTERS
-            elif self._header.version >= 3:
-                new |= ZERO
+            else:
+                new |= flag
         if (new, new_bitmap) == (entry, bitmap):
             return
         words[position] = new
@@ -1394,16 +1498,9 @@ class Qcow2Node(KeyslotHolder):
 
     async def _truncate(self, size: int, preallocation: str) -> None:
         meta = self._alive()
-        if size % SECTOR:
-            raise Error("The new size must be a multiple of 512")
-        if preallocation != "off" and size < self._size:
+        if size % SECTOR == 0 and preallocation != "off" and size < self._size:
             raise Error("Preallocation can't be used for shrinking an image")
-        if size > MAX_SIZE:
-            raise Error(f"offset({size}) exceeds maximum({MAX_SIZE})")
-        if self._header.l1_entries_for(size) * 8 > MAX_L1_BYTES:
-            raise Error("Failed to grow the L1 table: File too large")
-        if self._snapshots.entries and self._header.version < 3:
-            raise Error("Can't resize a v2 image which has snapshots")
+        check_size(size, self._header, version=self._header.version, snapshots=bool(self._snapshots.entries))
         old = self._size
         try:
             await self._doubt_bitmaps(resized=size != old)
@@ -1462,7 +1559,7 @@ class Qcow2Node(KeyslotHolder):
         for index in np.flatnonzero(np.frombuffer(meta.l1.words, np.uint64) & np.uint64(OFFSET)).tolist():
             start, end = max(first, index * table_bytes), min(old, (index + 1) * table_bytes)
             while start < end:
-                start = await self._discard_some(meta, start, end, full=True)
+                start = await self._discard_some(meta, start, end, 0, full=True)
         await meta.commit()
         for index in np.flatnonzero(np.frombuffer(meta.l1.words, np.uint64) & np.uint64(OFFSET)).tolist():
             if index >= kept:

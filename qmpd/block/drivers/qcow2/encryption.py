@@ -53,7 +53,7 @@ async def make_header(graph: Graph, options: Mapping[str, Any]) -> CryptoHeader 
     header, plan = await luks_header.make(graph, luks_header.spec_for(options, PREFIX), options)
     # The order in which they reach the storage does not matter: the image is none before all are there.
     pieces = [(step.offset, step.data) for step in plan if isinstance(step, Write)]
-    return CryptoHeader(header.key_area_end(0), pieces)
+    return CryptoHeader(header.length, pieces)
 
 
 def _area(file: Node, extent: Crypto) -> HeaderArea:

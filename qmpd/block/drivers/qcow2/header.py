@@ -33,6 +33,9 @@ SUBCLUSTERS: Final = 32
 #: A subcluster has at least this many bytes.
 MIN_SUBCLUSTER: Final = 512
 
+#: Only images with clusters of at least so many bytes name their features.
+MIN_CLUSTER_FOR_NAMES: Final = 8192
+
 #: Bounds that QEMU sets on the tables, in bytes, and on the number of snapshots.
 MAX_L1_BYTES: Final = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
@@ -405,9 +408,11 @@ class Header:
 
     # -- building
 
-    def build(self) -> bytes:
+    def build(self, *, name_offset: int = 0) -> bytes:
         """The bytes at the start of the image, backing file name included.
 
+        :param name_offset: where the name is to be, in bytes; the first place behind the extensions if
+            that is less.
         :raise Error: if they do not fit into a cluster.
         """
         head = self.build_fixed()
@@ -419,12 +424,32 @@ class Header:
         data = b"".join(parts)
         name = self.backing_name
         if name is not None:
-            patched = bytearray(data)
-            struct.pack_into(">QI", patched, 8, len(data), len(name))
+            offset = max(name_offset, len(data))
+            patched = bytearray(data.ljust(offset, b"\0"))
+            struct.pack_into(">QI", patched, 8, offset, len(name))
             data = bytes(patched) + name
         if len(data) > self.cluster_bytes:
             raise Error("Could not write qcow2 header: No space left on device")
         return data
+
+    @staticmethod
+    def bytes_in_use(area: bytes) -> list[range]:
+        """Where in the first cluster of an image something is that counts: header, extensions, name.
+
+        :param area: a first cluster that `parse` accepts.
+        """
+        version, name_offset, name_length = struct.unpack_from(">IQI", area, 4)
+        length = V2_BYTES if version < 3 else int.from_bytes(area[100:104], "big")
+        end = length + _EXTENSION.size
+        for extension in _extensions(area, length, name_offset or len(area)):
+            end += _EXTENSION.size + -(-len(extension.data) // 8) * 8
+        name = range(name_offset, name_offset + name_length) if name_offset else range(0)
+        return [range(min(end, name_offset or end)), name]
+
+    def become(self, other: Header) -> None:
+        """Say from now on what `other` says."""
+        for each in dataclasses.fields(self):
+            setattr(self, each.name, getattr(other, each.name))
 
     def build_fixed(self) -> bytes:
         """The header alone, without a place for the backing file's name."""

@@ -156,6 +156,29 @@ def kind_run(words: array[int], index: int, limit: int, external: bool = False) 
     return _length(same_flags & (((found & placed) != 0) == bool(found[0] & placed)))
 
 
+def are_zero(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which standard entries are of zero clusters."""
+    zero: NDArray[np.bool_] = entries & np.uint64(COMPRESSED | ZERO) == np.uint64(ZERO)
+    return zero
+
+
+def first_zero(words: array[int]) -> int | None:
+    """The index of the first standard entry of a zero cluster; None if there is none."""
+    found = are_zero(np.frombuffer(words, np.uint64))
+    first = int(found.argmax())
+    return first if found[first] else None
+
+
+def zero_run(words: array[int], index: int, limit: int) -> int:
+    """How many standard entries from `index` on, at most `limit`, are of zero clusters."""
+    count = 0
+    for entry in words[index : index + limit]:
+        if entry & COMPRESSED or not entry & ZERO:
+            break
+        count += 1
+    return count
+
+
 def _length(alike: NDArray[np.bool_]) -> int:
     """How many values at the beginning are true."""
     first = int(alike.argmin())

@@ -30,7 +30,8 @@ import errno
 import os
 from array import array
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
 from typing import Final, NoReturn, Protocol
 
 import numpy as np
@@ -246,6 +247,9 @@ class Metadata:
         self._freed: list[Freed] = []
         self._quarantine: deque[tuple[Epoch, list[Freed]]] = deque()
         self.epoch = Epoch()
+        #: Counts are not lowered, for somebody copies them; held by whoever lowers them.
+        self._recounting = False
+        self._releasing = asyncio.Lock()
         #: Stages 1 and 2 can wait, for the dirty bit is set.
         self.lazy = False
         #: Is called before counts change for the first time.
@@ -711,6 +715,51 @@ class Metadata:
                     block.counts[:] = padded
                     block.mark(int(changed[0]), int(changed[-1]) + 1)
 
+    # -- another refcount structure
+
+    @asynccontextmanager
+    async def unchanging_counts(self) -> AsyncIterator[None]:
+        """No count changes for the time of an ``async with``; whoever needs a cluster waits."""
+        async with self.allocating:
+            self._recounting = True
+            try:
+                async with self._releasing:
+                    pass  # Whoever is lowering counts just now has come to an end.
+                yield
+            finally:
+                self._recounting = False
+
+    async def refcount_block(self, index: int) -> RefcountBlock | None:
+        """A refcount block by its place in the table; None if there is none."""
+        return await self._block(index)
+
+    def use_refcounts(self, order: int, offset: int, words: array[int], end: int) -> None:
+        """Count in another structure, which says the same; the counts are not changing.
+
+        The old one's clusters are given up.
+
+        :param order: the binary logarithm of a count's bits.
+        :param offset: where the table is, in bytes; the header has to say so already.
+        :param words: its entries.
+        :param end: where it ends in the file, with its blocks.
+        """
+        given_up = [word & refcounts.TABLE_OFFSET for word in self.table.words]
+        old_offset, old_bytes = self.table.offset, len(self.table.words) * _WORD
+        self._block_entries = refcounts.block_entries(self.cluster_bytes, order)
+        self.table = WordTable(offset, words)
+        # What a commit that is under way writes of the old ones harms nobody.
+        self._blocks = {}
+        self._used_end = max(self._used_end, end)
+        self.map_all()
+        for block in given_up:
+            if block and block % self.cluster_bytes == 0:
+                self.free(block, self.cluster_bytes)
+        self.free(old_offset, old_bytes)
+
+    def forget_tables(self) -> None:
+        """Read L2 tables anew when they are needed: the storage has others; nothing is under way."""
+        self._slices = {}
+
     # -- giving up
 
     async def cut_file(self) -> None:
@@ -756,12 +805,15 @@ class Metadata:
 
     async def _release(self) -> None:
         """Lower the counts of what nobody can be using any more."""
-        while self._quarantine and not self._quarantine[0][0].requests:
-            _, freed = self._quarantine.popleft()
-            for run in freed:
-                if run.table:
-                    self._forget(run)
-                await self._lower(run.offset, run.length, discard=run.discard)
+        if self._recounting:
+            return
+        async with self._releasing:
+            while not self._recounting and self._quarantine and not self._quarantine[0][0].requests:
+                _, freed = self._quarantine.popleft()
+                for run in freed:
+                    if run.table:
+                        self._forget(run)
+                    await self._lower(run.offset, run.length, discard=run.discard)
 
     async def _discard(self, offset: int, length: int) -> None:
         try:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qmpd.block.drivers.qcow2 import mapping, refcounts
-from qmpd.block.drivers.qcow2.bitmaps import parse_directory
-from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES
+from qmpd.block.drivers.qcow2.bitmaps import clusters_of
+from qmpd.block.drivers.qcow2.header import MAX_L1_BYTES, Bitmaps
 from qmpd.block.drivers.qcow2.metadata import Metadata
 from qmpd.block.drivers.qcow2.snapshots import Snapshot
 from qmpd.block.node import errno_error
@@ -88,18 +88,13 @@ async def _used(meta: Metadata, snapshots: list[Snapshot], table_bytes: int) -> 
     if header.crypto is not None:
         uses.add(header.crypto.offset, header.crypto.length)
     if header.bitmaps is not None:
-        await _add_bitmaps(uses, header.bitmaps.directory_offset, header.bitmaps.directory_bytes)
+        await _add_bitmaps(uses, header.bitmaps)
     return uses.counts
 
 
-async def _add_bitmaps(uses: _Uses, offset: int, length: int) -> None:
-    uses.add(offset, length)
-    for bitmap in parse_directory(bytes(await uses.meta.read(offset, length))):
-        table, entries = bitmap.table_offset, bitmap.table_entries
-        if entries * 8 <= MAX_L1_BYTES and table % uses.cluster == 0:
-            uses.add(table, entries * 8)
-            words = mapping.parse_table(await uses.meta.read(table, entries * 8))
-            uses.add_all(np.frombuffer(words, np.uint64) & np.uint64(mapping.OFFSET))
+async def _add_bitmaps(uses: _Uses, bitmaps: Bitmaps) -> None:
+    for place, taken in await clusters_of(uses.meta.read, bitmaps, uses.cluster):
+        uses.add(place, taken)
 
 
 async def rebuild_refcounts(meta: Metadata, snapshots: list[Snapshot], table_bytes: int) -> None:

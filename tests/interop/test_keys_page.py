@@ -1,0 +1,69 @@
+"""Every command of docs/keys.md works as it is shown there."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+from daemons import CHECKOUT
+
+PAGE: Final = (CHECKOUT / "docs" / "keys.md").read_text()
+
+
+@pytest.mark.peer("cryptsetup", "socat")
+def test_the_commands_of_the_page_about_keys_work(tmp_path: Path) -> None:
+    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+    # The checkout that this test is part of, wherever the environment is.
+    commands = commands.replace('"$PWD/.venv/bin:$PATH"', f'"{Path(sys.executable).parent}:$PATH"')
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
+    printed = tmp_path / "printed"
+    with printed.open("wb") as output:
+        shell = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=CHECKOUT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = shell.wait(100)
+        finally:
+            try:
+                os.killpg(shell.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+    shown = printed.read_text()
+    assert status == 0, shown
+    assert '"error"' not in shown, shown
+    assert "Traceback" not in shown, shown
+    expected = (
+        '"weak": true',
+        "-r--------",
+        "Hash spec:",
+        "it opens the disk",
+        '"state": "damaged"',
+        "it opens again",
+        "saved without a backup",
+        "the colleague has gone",
+        "and is back",
+        "restored by cryptsetup",
+    )
+    position = 0
+    for text in expected:
+        found = shown.find(text, position)
+        assert found >= 0, f"{text!r} is not there, or not in this place:\n{shown}"
+        position = found
+
+
+def test_the_files_that_the_page_links_to_exist() -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGE)
+    assert links
+    assert [link for link in links if not (CHECKOUT / "docs" / link).exists()] == []
