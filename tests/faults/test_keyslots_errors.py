@@ -28,6 +28,7 @@ from qmpd.block.keyslot_holder import KeyslotHolder
 from qmpd.block.keyslots import NOT_UNDONE, exclusive
 from qmpd.block.node import errno_error
 from qmpd.crypto import kdf
+from qmpd.crypto.luks import Luks1
 from qmpd.crypto.luks1 import SECTOR, SLOTS, Header
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, erase_plan
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
@@ -139,7 +140,7 @@ class Disk:
             probe = await self._add({"driver": "qcow2", "file": header, "encrypt": encrypt})
             self.start = probe.header_area.offset
             assert probe.luks_header is not None
-            self.length = probe.luks_header.header_length()
+            self.length = probe.luks_header.length
             await self.graph.delete("d")
             more["encrypt"] = {"format": "luks", "key-secret": known}
             del more["key-secret"]
@@ -169,8 +170,16 @@ class Disk:
     def known_header(self) -> Header:
         """What the node tells of its header."""
         header = self.node.luks_header
-        assert header is not None
-        return header
+        assert isinstance(header, Luks1)
+        return header.header
+
+    def knows(self, area: bytes) -> None:
+        """Let the node know the header in a state of the area."""
+        self.node.luks_header = self.read(area)
+
+    def read(self, area: bytes) -> Luks1:
+        """The header in a state of the area."""
+        return Luks1(parse(area, detached=self.detached), bytes(area[:HEADER_SECTORS_BYTES]))
 
     async def serve_guest(self, data: bytes) -> None:
         """Write and read as a guest does."""
@@ -228,7 +237,6 @@ async def test_whichever_request_fails_the_slots_are_as_before(
     disk = Disk(tmp_path, layout)
     await disk.open(passwords, next(k for k, v in SECRETS.items() if v in passwords.values()))
     before = disk.area()
-    header = disk.known_header
     plan = make_plan(before, disk.detached)
     after = carried_out(before, plan)
     trouble, chance = disk.trouble, random.Random(name)
@@ -238,8 +246,8 @@ async def test_whichever_request_fails_the_slots_are_as_before(
         try:
             async with exclusive(disk.node) as access:
                 trouble.count = 0
-                await access.carry_out(plan, expected=before[:HEADER_SECTORS_BYTES])
-                disk.node.luks_header = parse(after, detached=disk.detached)
+                await access.carry_out(plan, expected=disk.read(before))
+                disk.knows(after)
         except Error as error:
             return error.desc
         finally:
@@ -279,7 +287,7 @@ async def test_whichever_request_fails_the_slots_are_as_before(
                 # Nothing is in the way of the next one.
                 assert number % 5 or await attempt() == ""
             disk.put(before)
-            disk.node.luks_header = header
+            disk.knows(before)
         outcomes.append(answers)
         if not any(answers):
             break
@@ -334,7 +342,7 @@ async def test_a_command_that_fails_changes_nothing_and_the_next_one_works(
     assert after != disk.judge.opened(before, passwords.values())
     for number in sorted(chance.sample(range(requests), 4)):
         disk.put(before)
-        disk.node.luks_header = header
+        disk.knows(before)
         disk.trouble.begin({number}, torn=True)
         try:
             await amend()
