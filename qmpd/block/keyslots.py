@@ -70,7 +70,7 @@ async def amend(
         header, sectors = await read_again(holder)
         plan_change = _activation if options["state"] == "active" else _erasure
         header, plan = await plan_change(holder, header, sectors, options, force)
-        _check_extents(holder, header, plan)
+        check_extents(holder, header, plan)
         commit()
         await access.carry_out(plan, expected=sectors)
         access.announce(header)
@@ -125,7 +125,7 @@ class Access:
     async def _read_back(self) -> None:
         """Tell all holders what the storage has, if it can be read."""
         try:
-            header, _ = await _read_again(self._holder)
+            header, _ = await read_again(self._holder)
         except Error as error:
             _LOG.warning("the header of node '%s' can't be read: %s", self._holder.name, error.desc)
         else:
@@ -171,7 +171,7 @@ async def _put_back(area: HeaderArea, offset: int, data: bytes) -> None:
         start = end + SECTOR
 
 
-def _check_extents(holder: KeyslotHolder, header: luks1.Header, plan: Plan) -> None:
+def check_extents(holder: KeyslotHolder, header: luks1.Header, plan: Plan) -> None:
     """See that a plan keeps within the header and its key area.
 
     A detached header is not held against a payload when it is read, and says itself where its slots are.
