@@ -125,7 +125,7 @@ class Access:
     async def _read_back(self) -> None:
         """Tell all holders what the storage has, if it can be read."""
         try:
-            header, _ = await _read_again(self._holder)
+            header, _ = await read_again(self._holder)
         except Error as error:
             _LOG.warning("the header of node '%s' can't be read: %s", self._holder.name, error.desc)
         else:
