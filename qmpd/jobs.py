@@ -147,6 +147,8 @@ class Job:
         self._counts_itself = False
         self._started = False
         self._committed = False
+        #: What is done when it is forgotten.
+        self.farewell: Callable[[], None] = lambda: None
         self._may_run = asyncio.Event()
         self._may_run.set()
         self._task: asyncio.Task[None] | None = None
@@ -195,6 +197,8 @@ class Job:
         assert state in NEXT[self.state], f"a job goes from {self.state} to {state}"
         self.state = state
         self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": str(state)})
+        if state is State.NULL:
+            self.farewell()
 
     def start(self, body: Body, check: Callable[[], None] | None = None) -> None:
         """Begin with the work, once the present command has been answered.

@@ -48,5 +48,5 @@ def kept(node: Node) -> Iterator[None]:
     """
     if node.closing:
         raise Error(f"Node '{node.name}' has been deleted")
-    with Backend(node.graph, perm=Permission.nothing()).use(node):
+    with Backend(node.graph, perm=Permission.nothing(), is_jobs=True).use(node):
         yield

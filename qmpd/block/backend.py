@@ -38,6 +38,7 @@ class Backend:
     :param qdev: the device that it belongs to, as messages and `query-block` name
         it: a QOM path, or an id.
     :param device_id: the id under which commands find the device.
+    :param is_jobs: it belongs to a job.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Backend:
         device_id: str | None = None,
         perm: Permission = Permission.CONSISTENT_READ,
         shared: Permission = Permission.everything(),  # noqa: B008 - an enum's member never changes
+        is_jobs: bool = False,
     ) -> None:
         self.graph = graph
+        self.is_jobs = is_jobs
         self.name = name
         self.qdev = qdev
         self.device_id = device_id

@@ -416,12 +416,12 @@ class Graph:
         node = self.find(name)
         if node is None:
             raise Error(f"Failed to find node with node-name='{name}'")
-        if any(not isinstance(edge.parent, Node) for edge in node.parents):
+        if any(isinstance(edge.parent, Backend) and not edge.parent.is_jobs for edge in node.parents):
             raise Error(f"Node {name} is in use")
         check_unused_as_backing(node)
         if not node.monitor_owned:
             raise Error(f"Node {name} is not owned by the monitor")
-        if node.parents:
+        if node.parents or node.jobs:
             raise Error(f"Block device {name} is in use")
         # Nobody is above, so nothing is under way; and nobody comes before it is gone.
         async with self.drained(node):

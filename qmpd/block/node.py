@@ -125,6 +125,8 @@ class Node(ABC):
         self.node_options = node_options
         self.read_only = node_options.read_only
         self.monitor_owned = False
+        #: How many jobs are about it that nobody has dismissed: it can't be deleted so long.
+        self.jobs = 0
         self.ready = False
         self.closing = False
         self.children: dict[str, Edge] = {}
@@ -246,6 +248,14 @@ class Node(ABC):
 
     async def close(self) -> None:  # noqa: B027
         """Let go of everything that is no child.  Called once, also after a failed `open`."""
+
+    def keep(self) -> Callable[[], None]:
+        """See that the node is not deleted before what is returned has been called."""
+        self.jobs += 1
+        return self._let_go
+
+    def _let_go(self) -> None:
+        self.jobs -= 1
 
     def describe(self) -> str:
         """How a message names this node as a parent."""

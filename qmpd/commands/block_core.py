@@ -58,12 +58,13 @@ def blockdev_amend(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     node = parts.graph.lookup(None, arguments["node-name"])
     options, force = arguments["options"], arguments.get("force", False)
     check_amendable(node, options)
-    parts.jobs.start(
+    job = parts.jobs.start(
         arguments["job-id"],
         "amend",
         lambda job: amend(node, options, force=force, progress=job.report_progress, commit=job.commit),
         check=node.check_amend,
     )
+    job.farewell = node.keep()
     return {}
 
 

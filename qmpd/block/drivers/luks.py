@@ -102,8 +102,10 @@ class LuksNode(KeyslotHolder):
         if role != self.header_role:
             return perm, shared
         if self.header_access is HeaderAccess.EXCLUSIVE:
-            # A file may end before the first key of a slot that nobody has used yet.
-            perm |= Permission.WRITE | Permission.RESIZE
+            perm |= Permission.WRITE
+            if self._header is not None and self._header.header_length() > self.header_area.node.size:
+                # It ends before the key of a slot that nobody has used yet.
+                perm |= Permission.RESIZE
         return self.header_access.permissions(perm, shared)
 
     def format_specific(self) -> dict[str, Any] | None:
