@@ -177,8 +177,8 @@ async def put_back(
     :param force: no passphrase need open it, its UUID may be another one, and a header of another volume
         may be overwritten.
     :param commit: is called when nothing but writing is left: from there on it can't be cancelled.
-    :raise Error: why it can't be put back; then nothing has changed.
-    :raise OSError: what the storage says; then all is as before, if the storage let us put it back.
+    :raise Error: why it can't be put back, or what the storage says; then all is as before, if the storage
+        let us undo it.
     """
     graph = holder.graph
     assert holder.luks_header is not None, "whoever is given a backup has keyslots"
@@ -197,9 +197,6 @@ async def put_back(
             raise Error("The LUKS header can be read: to change it back, name a backup")
         if not force:
             await _check_unforced(graph, source, backup, known, state, secret or holder.opened_with)
-        # Trying a passphrase takes time, and not everybody asks for locks.
-        if bytes(await holder.header_area.read(0, HEADER_SECTORS_BYTES)) != sectors:
-            raise Error("The LUKS header has been changed by somebody else meanwhile")
         materials = await _materials(source, backup, backup.active_slots)
         if present is None:
             header, plan = luks1_backup.rewrite_plan(known, backup, backup_sectors, materials)
@@ -208,8 +205,9 @@ async def put_back(
             header, plan = luks1_backup.restore_plan(
                 present, sectors, there, backup, backup_sectors, materials
             )
+        keyslots.check_extents(holder, Luks1(header, sectors), plan)
         commit()
-        await access.carry_out(plan)
+        await access.carry_out(plan, expected=sectors)
         access.announce(Luks1(known, sectors).after(plan, header))
 
 

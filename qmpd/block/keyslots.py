@@ -69,7 +69,7 @@ async def amend(
         header = await read_again(holder)
         plan_change = _activation if options["state"] == "active" else _erasure
         changed, plan = await plan_change(holder, header, options, force)
-        _check_extents(holder, changed, plan)
+        check_extents(holder, changed, plan)
         commit()
         await access.carry_out(plan, expected=header)
         access.announce(changed)
@@ -86,10 +86,10 @@ class Access:
         self._holder = holder
         self._others = others
 
-    async def carry_out(self, plan: Plan, *, expected: LuksHeader | None = None) -> None:
+    async def carry_out(self, plan: Plan, *, expected: LuksHeader | bytes | None = None) -> None:
         """Write what a plan says; if that fails, undo what has been done.
 
-        :param expected: the header that is there, if the plan relies on it.
+        :param expected: the header that is there, or what its area begins with, if the plan relies on it.
         :raise Error: what the storage says, and whether not all could be undone.
         """
         area = self._holder.header_area
@@ -98,7 +98,7 @@ class Access:
             raise Error(f"{area.failure}: {os.strerror(errno.EPERM)}")
         # Nobody reopens or replaces the nodes below meanwhile.
         async with self._holder.graph.change():
-            if expected is not None and await _read(self._holder) != expected:
+            if expected is not None and not await self._has(expected):
                 raise Error("The LUKS header has been changed by somebody else meanwhile")
             overwritten: list[tuple[int, bytes]] = []
             try:
@@ -115,6 +115,12 @@ class Access:
                     raise
                 reason = error.desc if isinstance(error, Error) else f"{WRITE_FAILURE}: {error.strerror}"
                 raise Error(reason if undone else f"{reason}; {NOT_UNDONE}") from None
+
+    async def _has(self, expected: LuksHeader | bytes) -> bool:
+        """Whether this is what the storage has."""
+        if isinstance(expected, bytes):
+            return await self._holder.header_area.read(0, len(expected)) == expected
+        return await _read(self._holder) == expected
 
     def announce(self, header: LuksHeader) -> None:
         """Tell all holders what the header is now."""
@@ -170,7 +176,7 @@ async def _put_back(area: HeaderArea, offset: int, data: bytes) -> None:
         start = end + SECTOR
 
 
-def _check_extents(holder: KeyslotHolder, header: LuksHeader, plan: Plan) -> None:
+def check_extents(holder: KeyslotHolder, header: LuksHeader, plan: Plan) -> None:
     """See that a plan keeps within the header and its key area.
 
     A detached header is not held against a payload when it is read, and says itself where its slots are.

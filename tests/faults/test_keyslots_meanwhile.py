@@ -201,7 +201,7 @@ def test_users_come_and_go_while_a_passphrase_is_changed(tmp_path: Path, start_d
     reopened = {**options, "read-only": False, "discard": "unmap"}
     plug = {"driver": "virtio-blk", "id": "disk", "drive": "l", "share-rw": True}
     visits: list[tuple[str, dict[str, Any], str | None]] = [
-        ("blockdev-del", {"node-name": "l"}, "Node l is in use"),
+        ("blockdev-del", {"node-name": "l"}, " l is in use"),
         ("blockdev-del", {"node-name": "h"}, "Block device h is in use"),
         ("block_resize", {"node-name": "l", "size": 128 << 10}, None),
         ("blockdev-reopen", {"options": [reopened]}, None),
