@@ -477,7 +477,7 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
     if found is None and size is None:
         # Nothing says that it is LUKS2 at all.
         raise Error(luks1.NOT_LUKS)
-    if found is None and not any(text.startswith("The secondary") for text in damaged):
+    if found is None and not any("secondary" in text for text in damaged):
         damaged.append("There is no secondary LUKS2 header")
     chosen = luks2_binary.choose(copies[0], found)
     if copies[0] is not None and found is not None and copies[0].header.sequence != found.header.sequence:
