@@ -495,9 +495,7 @@ async def test_a_reencryption_that_is_not_finished_is_refused(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("copy", "metadata_size"), [("primary", 1 << 20), ("secondary", 16 << 10)])
-@pytest.mark.parametrize(
-    "where", [0, 4, 8, 100, 4096 + 50], ids=["magic", "second magic byte", "size", "salt", "json"]
-)
+@pytest.mark.parametrize("where", [0, 8, 4096 + 50], ids=["magic", "size", "json"])
 async def test_of_a_header_with_one_good_copy_each_makes_two(
     tmp_path: Path, metadata_size: int, copy: str, where: int
 ) -> None:

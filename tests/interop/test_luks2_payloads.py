@@ -222,7 +222,7 @@ def tweaked(first: int) -> Callable[[dict[str, Any]], None]:
 
 @pytest.mark.parametrize("cipher", ["aes-xts-plain64", "aes-xts-plain", "aes-cbc-essiv:sha256"])
 @pytest.mark.parametrize("sector_size", [512, 4096])
-@pytest.mark.parametrize("first", [8, (1 << 32) - 64, (1 << 53) + 8])
+@pytest.mark.parametrize("first", [(1 << 32) - 64, (1 << 53) + 8])
 async def test_sectors_are_counted_from_the_tweak_on(
     tmp_path: Path, cipher: str, sector_size: int, first: int
 ) -> None:
