@@ -1,4 +1,4 @@
-"""LUKS2 payloads in sectors of 4096 bytes beside those of 512: a larger sector has fewer IVs to make.
+"""LUKS2 payloads in sectors of 4096 bytes beside those of 512.
 
 Both are qmpd: the cipher alone, on one processor, and a whole disk by nbdcopy.
 Every figure of one is taken right after that of the other, and who is first

@@ -61,8 +61,9 @@ _RUN: Final = SECTOR // _BLOCK
 _SLACK: Final = _BLOCK
 #: Up to this many sectors' rows begin with what Python's own numbers say, which is quicker for a few.
 _FEW: Final = 2
-#: From this many sectors on, CBC encryption goes across them.
-_ACROSS: Final = 48
+#: From this many sectors on for every 16 bytes of one, CBC encryption goes across them: that has a step
+#: for each block, whose calls have to be worth it.
+_ACROSS: Final = 1.5
 
 _SECTOR_WORDS: Final = SECTOR // 8
 
@@ -615,7 +616,7 @@ class _CbcTile(_Tile):
             plain.fill(0)
 
     def encrypt(self, source: Words, target: Words) -> None:
-        if self.sectors < _ACROSS:
+        if self.sectors < _ACROSS * self.shape[1]:
             self._encrypt_along(source, target)
         else:
             self._encrypt_across(source, target)
