@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
@@ -65,6 +65,18 @@ async def save(holder: KeyslotHolder, filename: str) -> None:
     with holder.copy_volume_key() as key:
         if not await graph.in_key_thread(header.fitting(key.data)):
             raise Error("The volume key does not fit the digest in the LUKS header")
+    await save_image(graph, filename, header, beginning, materials)
+
+
+async def save_image(
+    graph: Graph, filename: str, header: LuksHeader, beginning: Buffer, materials: Mapping[int, bytes]
+) -> None:
+    """Make a backup out of what was read; afterwards it is whole and on the storage, or not there.
+
+    :param beginning: the first :attr:`~LuksHeader.beginning_bytes` bytes of the header's volume.
+    :param materials: the key material of the slots in use, by slot number.
+    :raise OSError: what the system says of the file.
+    """
     file = _NewFile(filename)
     image = header.backup_image(beginning)
     pieces = [(header.material_extent(slot)[0], material) for slot, material in materials.items()]
@@ -80,14 +92,15 @@ async def _read_whole(holder: KeyslotHolder) -> tuple[LuksHeader, bytes, dict[in
     """A header, what it begins with, and the key material of the slots in use, all of one moment."""
     for _ in range(_ATTEMPTS):
         header = await keyslots.read_again(holder)
-        materials = await _materials(holder.header_area, header)
+        materials = await key_materials(holder.header_area, header)
         beginning = bytes(await holder.header_area.read(0, header.beginning_bytes))
         if await keyslots.read_again(holder) == header:
             return header, beginning, materials
     raise Error("The LUKS header is being changed by somebody else")
 
 
-async def _materials(area: HeaderArea, header: LuksHeader) -> dict[int, bytes]:
+async def key_materials(area: HeaderArea, header: LuksHeader) -> dict[int, bytes]:
+    """The key material of the slots in use, by slot number."""
     return {slot: bytes(await area.read(*header.material_extent(slot))) for slot in header.active_slots}
 
 
@@ -188,11 +201,11 @@ async def put_back(
             raise Error("The LUKS header can be read: to change it back, name a backup")
         if not force:
             await _check_unforced(graph, source, backup, known, state, secret or holder.opened_with)
-        materials = await _materials(source, backup)
+        materials = await key_materials(source, backup)
         if present is None:
             header, plan = known.rewriting(backup, materials)
         else:
-            there = await _materials(holder.header_area, present)
+            there = await key_materials(holder.header_area, present)
             header, plan = present.restoring(there, backup, materials)
         keyslots.check_extents(holder, header, plan)
         commit()

@@ -197,12 +197,12 @@ def _free_place(header: Header, used: Iterable[Extent], size: int, wanted: int) 
 def _wiping(before: Header, after: Header, random: Random) -> Plan:
     """Overwrite what slots used before, and none uses afterwards."""
     plan: Plan = [
-        Write(offset, random(length)) for offset, length in _subtracted(_extents(before), _extents(after))
+        Write(offset, random(length)) for offset, length in subtracted(_extents(before), _extents(after))
     ]
     return [*plan, Barrier()] if plan else []
 
 
-def _subtracted(extents: Iterable[Extent], taken: Iterable[Extent]) -> list[Extent]:
+def subtracted(extents: Iterable[Extent], taken: Iterable[Extent]) -> list[Extent]:
     """What of `extents` is not in `taken`."""
     rest = list(extents)
     for start, size in taken:

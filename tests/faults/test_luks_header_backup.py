@@ -266,7 +266,7 @@ async def test_a_header_that_changes_while_it_is_saved_is_saved_as_it_is_at_one_
     before, now = volumes()
     trial = Trial(tmp_path, now, before)
     node = await trial.open()
-    read = header_backup._materials
+    read = header_backup.key_materials
     changes = [before, now, before]
 
     async def changing(*arguments: Any) -> dict[int, bytes]:
@@ -275,7 +275,7 @@ async def test_a_header_that_changes_while_it_is_saved_is_saved_as_it_is_at_one_
             trial.header.write_bytes(changes.pop(0))
         return found
 
-    monkeypatch.setattr(header_backup, "_materials", changing)
+    monkeypatch.setattr(header_backup, "key_materials", changing)
     with pytest.raises(Error, match="is being changed by somebody else"):
         await header_backup.save(node, str(tmp_path / "first"))
     assert not (tmp_path / "first").exists()
