@@ -49,7 +49,7 @@ async def convert(
             raise Error(f"The LUKS header is of version {version} already")
         beginning = bytes(await area.read(0, header.beginning_bytes))
         materials = await header_backup.key_materials(area, header)
-        plan = _plan(header, materials, area.node.size)
+        plan = plan_for(header, materials, area.node.size)
         await header_backup.save_image(graph, backup, header, beginning, materials)
         commit()
         # Nobody reopens or replaces the nodes below meanwhile.
@@ -59,7 +59,13 @@ async def convert(
             await keyslots.write_plan(area, plan)
 
 
-def _plan(header: LuksHeader, materials: Mapping[int, bytes], volume_bytes: int) -> Plan:
+def plan_for(header: LuksHeader, materials: Mapping[int, bytes], volume_bytes: int) -> Plan:
+    """What to write to make a header one of the other version.
+
+    :param materials: the key material of the slots in use, by slot number.
+    :param volume_bytes: how long the header's volume is.
+    :raise Error: it can't be converted.
+    """
     if isinstance(header, Luks1):
         return luks_conversion.to_version_2(header.header, header.sectors, materials, volume_bytes)[1]
     assert isinstance(header, Luks2), "there are two versions"

@@ -11,6 +11,10 @@ from typing import Any, Final
 import pytest
 from daemons import CommandError, RunningDaemon
 
+from qmpd.block import luks_conversion
+from qmpd.crypto import luks
+from qmpd.crypto.plan import Write
+
 MEBIBYTE: Final = 1 << 20
 PASSWORDS: Final = ("first", "second", "third")
 
@@ -230,3 +234,24 @@ def test_a_header_in_use_is_refused(tmp_path: Path, daemon: RunningDaemon) -> No
     assert not (tmp_path / "backup").exists()
     with pytest.raises(CommandError):
         qmp.execute("__org.qmpd_luks-convert", {**arguments, "type": "luks3"})
+
+
+def test_wherever_it_stops_cryptsetup_opens_what_is_there(tmp_path: Path, daemon: RunningDaemon) -> None:
+    volume = Volume(tmp_path, daemon, "--type=luks1")
+    volume.add("second", 1)
+    versions = set()
+    for version in (2, 1):
+        data = bytearray(volume.header.read_bytes())
+        header = luks.parse(data)
+        extents = {slot: header.material_extent(slot) for slot in header.active_slots}
+        materials = {slot: bytes(data[start : start + size]) for slot, (start, size) in extents.items()}
+        for step in luks_conversion.plan_for(header, materials, len(data)):
+            if isinstance(step, Write):
+                data[step.offset : step.offset + len(step.data)] = step.data
+                # cryptsetup repairs what it opens, so it has a copy each time.
+                volume.header.write_bytes(data)
+                assert volume.opened() == ["first", "second"]
+                versions.add(luks.parse(volume.header.read_bytes()).version)
+        volume.header.write_bytes(data)
+        cryptsetup("isLuks", f"--type=luks{version}", str(volume.header))
+    assert versions == {1, 2}
