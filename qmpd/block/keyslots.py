@@ -37,8 +37,9 @@ from qmpd.block import luks_header
 from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder, holders_beside
 from qmpd.block.luks_header import HeaderArea
 from qmpd.crypto.luks import LuksHeader
-from qmpd.crypto.luks1 import SECTOR, VolumeKey
+from qmpd.crypto.luks1 import SECTOR
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
+from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Plan, Write
 from qmpd.errors import Error
 
@@ -397,7 +398,7 @@ async def _slots_opened(
 
 async def _volume_key(
     holder: KeyslotHolder, header: LuksHeader, secret: str | None, force: bool
-) -> VolumeKey:
+) -> KeyBuffer:
     """The volume key: whoever adds a key has to know one, as in QEMU; with `force` it need not be so.
 
     :param secret: what the client has named, which has to be there in any case, or None.
