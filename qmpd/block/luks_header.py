@@ -362,12 +362,12 @@ def _header_info_2(header: luks.Luks2, segment: PayloadSegment, detached: bool) 
         "payload-offset": segment.offset,
         "sector-size": segment.sector_size,
         "master-key-iters": said.volume_digest.iterations,
-        "uuid": _shown(said.binary.uuid),
+        "uuid": shown(said.binary.uuid),
         "slots": [_slot_info_2(slot) for _, slot in sorted(said.keyslots.items())],
     }
     for name, text in (("label", said.binary.label), ("subsystem", said.binary.subsystem)):
         if text:
-            info[name] = _shown(text)
+            info[name] = shown(text)
     return info | {"damaged": list(header.damaged)} if header.damaged else info
 
 
@@ -386,6 +386,6 @@ def _slot_info_2(slot: luks2.Keyslot) -> dict[str, Any]:
     return info
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Bytes of a header as text for a client, whatever they are."""
     return text.encode(errors="surrogateescape").decode("utf-8", "replace")
