@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final
 from qmpd.crypto import kdf, luks, luks1, luks1_keyslots, luks2, luks2_binary, luks2_kdf, luks2_keyslots
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks import KdfChoice, LuksHeader, PayloadSegment
-from qmpd.crypto.luks1 import VolumeKey
 from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.steps import Steps
@@ -138,7 +137,7 @@ async def unlock(
     detached: bool = False,
     only_version_1: bool = False,
     prefix: str = "",
-) -> tuple[LuksHeader, VolumeKey, OpenedSlot]:
+) -> tuple[LuksHeader, KeyBuffer, OpenedSlot]:
     """Read a header and unlock it.
 
     :param options: their "key-secret" is the id of the passphrase's secret.
@@ -156,7 +155,7 @@ async def unlock(
 
 async def find_key(
     graph: Graph, area: HeaderArea, header: LuksHeader, password: KeyBuffer
-) -> tuple[int, VolumeKey]:
+) -> tuple[int, KeyBuffer]:
     """The first keyslot that `password` opens, and the volume key out of it.
 
     A slot that can't be tried, be it because it would take absurdly long, does not keep the others from
@@ -175,7 +174,7 @@ async def find_key(
             refusal = error
             continue
         if key is not None:
-            return slot, VolumeKey(key)
+            return slot, key
     raise refusal
 
 
@@ -363,12 +362,12 @@ def _header_info_2(header: luks.Luks2, segment: PayloadSegment, detached: bool) 
         "payload-offset": segment.offset,
         "sector-size": segment.sector_size,
         "master-key-iters": said.volume_digest.iterations,
-        "uuid": _shown(said.binary.uuid),
+        "uuid": shown(said.binary.uuid),
         "slots": [_slot_info_2(slot) for _, slot in sorted(said.keyslots.items())],
     }
     for name, text in (("label", said.binary.label), ("subsystem", said.binary.subsystem)):
         if text:
-            info[name] = _shown(text)
+            info[name] = shown(text)
     return info | {"damaged": list(header.damaged)} if header.damaged else info
 
 
@@ -387,6 +386,6 @@ def _slot_info_2(slot: luks2.Keyslot) -> dict[str, Any]:
     return info
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Bytes of a header as text for a client, whatever they are."""
     return text.encode(errors="surrogateescape").decode("utf-8", "replace")

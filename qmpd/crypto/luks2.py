@@ -217,6 +217,24 @@ class Header:
         return lengths.pop()
 
     @property
+    def tokens(self) -> list[tuple[int, str, frozenset[int]]]:
+        """Number and type of each token, and the slots whose passphrases it is for, as far as they are said.
+
+        Nobody has looked at tokens when the metadata was read, for they concern nobody here.
+        """
+        found = []
+        for name, token in self.metadata["tokens"].items():
+            if isinstance(token, dict) and _DECIMAL.fullmatch(name):
+                kind, slots = token.get("type"), token.get("keyslots")
+                known = frozenset(
+                    int(slot)
+                    for slot in (slots if isinstance(slots, list) else ())
+                    if isinstance(slot, str) and _DECIMAL.fullmatch(slot)
+                )
+                found.append((int(name), kind if isinstance(kind, str) else "", known))
+        return sorted(found, key=lambda token: token[0])
+
+    @property
     def volume_digest(self) -> Digest:
         """The digest of the volume key."""
         return next(digest for digest in self.digests.values() if digest.segments)

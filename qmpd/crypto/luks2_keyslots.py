@@ -26,7 +26,7 @@ import base64
 import copy
 import os
 import uuid as uuids
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -92,7 +92,7 @@ def activating(
         described = replace(described, area=replace(described.area, offset=offset))
         material = yield from sealing(described, key, password, random)
         plan += [Write(offset, material), Barrier()]
-        metadata = _without(header.metadata, [])
+        metadata = without(header.metadata, [])
         # Another passphrase for a slot leaves its rank and its tokens, as cryptsetup's luksChangeKey does.
         metadata["tokens"] = copy.deepcopy(before["tokens"])
         metadata["keyslots"][str(number)] = _as_json(described) | _rank(before, number)
@@ -101,7 +101,7 @@ def activating(
             # What the slot had may have been another key than the volume's.
             _unassign(metadata, {str(number)})
             metadata["digests"][volume_digest]["keyslots"].append(str(number))
-        header, steps = _commit(header, metadata, random)
+        header, steps = commit(header, metadata, random)
         plan += steps
         if old is not None:
             plan += [Write(int(old["area"]["offset"]), random(int(old["area"]["size"]))), Barrier()]
@@ -124,11 +124,11 @@ def _forget(header: Header, slots: Sequence[int], random: Random) -> tuple[Heade
     for number in slots:
         area = header.metadata["keyslots"][str(number)]["area"]
         plan.append(Write(int(area["offset"]), random(int(area["size"]))))
-    header, steps = _commit(header, _without(header.metadata, slots), random)
+    header, steps = commit(header, without(header.metadata, slots), random)
     return header, [*plan, Barrier(), *steps]
 
 
-def _without(metadata: Metadata, slots: Sequence[int]) -> Metadata:
+def without(metadata: Metadata, slots: Iterable[int]) -> Metadata:
     """A copy of the metadata in which nothing names these slots any more."""
     changed = copy.deepcopy(metadata)
     names = {str(number) for number in slots}
@@ -151,8 +151,13 @@ def _unassign(metadata: Metadata, names: Set[str]) -> None:
             del metadata["digests"][number]
 
 
-def _commit(header: Header, metadata: Metadata, random: Random) -> tuple[Header, Plan]:
-    """Write other metadata: to the secondary copy, and when that is whole to the primary one."""
+def commit(header: Header, metadata: Metadata, random: Random) -> tuple[Header, Plan]:
+    """Write other metadata: to the secondary copy, and when that is whole to the primary one.
+
+    :param header: what is there; its binary header says all but the sequence number.
+    :returns: the header as it will be, and what to write.
+    :raise Error: there is no room for it.
+    """
     binary = header.binary.next()
     text = orjson.dumps(metadata)
     changed = parse_metadata(binary, text)
