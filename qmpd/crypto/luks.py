@@ -668,7 +668,7 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
             found = _copy((yield offset, claimed), offset, damaged)
             if found is not None:
                 break
-    if found is None and size is None:
+    if found is None and size is None and magic != luks2_binary.MAGIC:
         # Nothing says that it is LUKS2 at all.
         raise Error(luks1.NOT_LUKS)
     if found is None and not any("secondary" in text for text in damaged):

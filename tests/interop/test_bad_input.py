@@ -119,6 +119,9 @@ HEADERS: Final[dict[str, tuple[Mutation, str]]] = {
     "cut in the key material": (cut(KEY_MATERIAL + 64000), NO_SLOT),
 }
 
+#: What qmpd says where QEMU knows less.
+OURS: Final[dict[str, str]] = {"version 2": "Both LUKS2 headers are damaged"}
+
 #: File names that can't be opened, and what QEMU says to each; the files are made by `images`.
 FILES: Final[dict[str, str]] = {
     "directory": "Could not open 'directory': Is a directory",
@@ -228,7 +231,8 @@ def assert_untouched(daemon: RunningDaemon) -> None:
 
 @pytest.mark.parametrize("mutation", HEADERS)
 def test_a_bad_header_is_refused_in_qemus_words(qmpd: RunningDaemon, images: Path, mutation: str) -> None:
-    assert refusal_of_header(qmpd, images, mutation) == HEADERS[mutation][1]
+    words = OURS.get(mutation, HEADERS[mutation][1])
+    assert refusal_of_header(qmpd, images, mutation) == words
     assert_untouched(qmpd)
 
 
