@@ -101,21 +101,11 @@ class Access:
         async with self._holder.graph.change():
             if expected is not None and not await self._has(expected):
                 raise Error("The LUKS header has been changed by somebody else meanwhile")
-            overwritten: list[tuple[int, bytes]] = []
             try:
-                for step in plan:
-                    if isinstance(step, Write):
-                        overwritten.append((step.offset, bytes(await area.read(step.offset, len(step.data)))))
-                        await area.write(step.offset, step.data)
-                    else:
-                        await area.node.flush()
-            except BaseException as error:
-                undone = await _undo(area, overwritten)
+                await write_plan(area, plan)
+            except BaseException:
                 await self._read_back()
-                if not isinstance(error, OSError | Error):
-                    raise
-                reason = error.desc if isinstance(error, Error) else f"{WRITE_FAILURE}: {error.strerror}"
-                raise Error(reason if undone else f"{reason}; {NOT_UNDONE}") from None
+                raise
 
     async def _has(self, expected: LuksHeader | bytes) -> bool:
         """Whether this is what the storage has."""
@@ -136,6 +126,27 @@ class Access:
             _LOG.warning("the header of node '%s' can't be read: %s", self._holder.name, error.desc)
         else:
             self.announce(header)
+
+
+async def write_plan(area: HeaderArea, plan: Plan) -> None:
+    """Write what a plan says; if that fails, undo what has been done.
+
+    :raise Error: what the storage says, and whether not all could be undone.
+    """
+    overwritten: list[tuple[int, bytes]] = []
+    try:
+        for step in plan:
+            if isinstance(step, Write):
+                overwritten.append((step.offset, bytes(await area.read(step.offset, len(step.data)))))
+                await area.write(step.offset, step.data)
+            else:
+                await area.node.flush()
+    except BaseException as error:
+        undone = await _undo(area, overwritten)
+        if not isinstance(error, OSError | Error):
+            raise
+        reason = error.desc if isinstance(error, Error) else f"{WRITE_FAILURE}: {error.strerror}"
+        raise Error(reason if undone else f"{reason}; {NOT_UNDONE}") from None
 
 
 async def _undo(area: HeaderArea, overwritten: Sequence[tuple[int, bytes]]) -> bool:

@@ -16,11 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from qmpd.crypto import kdf, luks, luks1, luks1_keyslots, luks2, luks2_kdf, luks2_keyslots
+from qmpd.crypto import kdf, luks, luks1, luks1_keyslots, luks2, luks2_binary, luks2_kdf, luks2_keyslots
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks import KdfChoice, LuksHeader, PayloadSegment
 from qmpd.crypto.memory import KeyBuffer
-from qmpd.crypto.plan import Plan
+from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
@@ -291,7 +291,10 @@ def _making_version_1(
     )
     key.wipe()
     sectors = header.pack().ljust(luks1_keyslots.HEADER_SECTORS_BYTES, b"\0")
-    return luks.Luks1(header, sectors), plan
+    # The second copy of an older LUKS2 header would be taken for the volume's if this one got lost.
+    places = [offset for offset in luks2_binary.SIZES if offset < header.header_length()]
+    stale: Plan = [Write(offset, bytes(luks1.SECTOR)) for offset in places]
+    return luks.Luks1(header, sectors), [*stale, Barrier(), *plan]
 
 
 def _making_version_2(
@@ -359,12 +362,12 @@ def _header_info_2(header: luks.Luks2, segment: PayloadSegment, detached: bool) 
         "payload-offset": segment.offset,
         "sector-size": segment.sector_size,
         "master-key-iters": said.volume_digest.iterations,
-        "uuid": _shown(said.binary.uuid),
+        "uuid": shown(said.binary.uuid),
         "slots": [_slot_info_2(slot) for _, slot in sorted(said.keyslots.items())],
     }
     for name, text in (("label", said.binary.label), ("subsystem", said.binary.subsystem)):
         if text:
-            info[name] = _shown(text)
+            info[name] = shown(text)
     return info | {"damaged": list(header.damaged)} if header.damaged else info
 
 
@@ -383,6 +386,6 @@ def _slot_info_2(slot: luks2.Keyslot) -> dict[str, Any]:
     return info
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Bytes of a header as text for a client, whatever they are."""
     return text.encode(errors="surrogateescape").decode("utf-8", "replace")

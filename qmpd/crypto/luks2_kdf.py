@@ -49,6 +49,10 @@ _TYPES: Final = {"argon2i": Type.I, "argon2id": Type.ID}
 
 _TRIAL_SALT: Final = bytes(32)
 
+#: The memory of a derivation that is only there to be measured, in KiB, and how often it is done.
+_TRIAL_MEMORY: Final = 1 << 16
+_MEASUREMENTS: Final = 3
+
 #: A measurement shorter than this (in seconds) says too little.
 _MEASURED_SECONDS: Final = 0.1
 
@@ -75,6 +79,11 @@ class Kdf:
     def memory_bytes(self) -> int:
         """What a derivation takes."""
         return self.memory << 10
+
+    @property
+    def work(self) -> int:
+        """What the time grows with: iterations of PBKDF2, or KiB that argon2's passes go over."""
+        return self.iterations * max(1, self.memory)
 
     def check(self) -> None:
         """Refuse costs that nobody can want.
@@ -163,6 +172,29 @@ def calibrating(
         passes = int(MIN_TIME * wanted / (seconds * memory / trial.memory))
         chosen = replace(chosen, iterations=max(MIN_TIME, passes))
     return chosen
+
+
+def trial(derivation: Kdf, limit: int) -> Kdf:
+    """A derivation that says how long another one takes, in a short time.
+
+    :param limit: the most memory that it may have, in KiB.
+    """
+    if derivation.kind == "pbkdf2":
+        return replace(derivation, salt=_TRIAL_SALT)
+    memory = max(8 * derivation.cpus, min(derivation.memory, limit, _TRIAL_MEMORY))
+    return replace(derivation, salt=_TRIAL_SALT, memory=memory, iterations=1)
+
+
+def measuring(trial: Kdf, key_bytes: int) -> Steps[float]:
+    """How much of argon2's :attr:`Kdf.work` takes a millisecond here, in steps.
+
+    Of several measurements the fastest counts, because whatever disturbs one only slows it.
+    """
+    seconds = []
+    for _ in range(_MEASUREMENTS):
+        yield
+        seconds.append(_seconds(trial, key_bytes))
+    return trial.work / min(seconds) / 1000
 
 
 def _seconds(trial: Kdf, key_bytes: int) -> float:
