@@ -16,11 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from qmpd.crypto import kdf, luks, luks1, luks1_keyslots, luks2, luks2_kdf, luks2_keyslots
+from qmpd.crypto import kdf, luks, luks1, luks1_keyslots, luks2, luks2_binary, luks2_kdf, luks2_keyslots
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks import KdfChoice, LuksHeader, PayloadSegment
 from qmpd.crypto.memory import KeyBuffer
-from qmpd.crypto.plan import Plan
+from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
@@ -291,7 +291,10 @@ def _making_version_1(
     )
     key.wipe()
     sectors = header.pack().ljust(luks1_keyslots.HEADER_SECTORS_BYTES, b"\0")
-    return luks.Luks1(header, sectors), plan
+    # The second copy of an older LUKS2 header would be taken for the volume's if this one got lost.
+    places = [offset for offset in luks2_binary.SIZES if offset < header.header_length()]
+    stale: Plan = [Write(offset, bytes(luks1.SECTOR)) for offset in places]
+    return luks.Luks1(header, sectors), [*stale, Barrier(), *plan]
 
 
 def _making_version_2(

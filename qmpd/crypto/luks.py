@@ -654,12 +654,13 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
     copies: list[luks2_binary.Copy | None] = []
     damaged: list[str] = []
     size = luks2_binary.claimed_size(beginning, 0)
-    places = (size,) if size is not None else luks2_binary.SIZES
     if size is None:
         copies.append(None)
         damaged.append("There is no primary LUKS2 header")
     else:
         copies.append(_copy((yield 0, size), 0, damaged))
+    # A damaged primary header may be wrong about the place of the other one, too.
+    places = luks2_binary.SIZES if size is None or copies[0] is None else (size,)
     found = None
     for offset in places:
         claimed = luks2_binary.claimed_size((yield offset, 16), offset)
@@ -670,13 +671,16 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
     if found is None and size is None:
         # Nothing says that it is LUKS2 at all.
         raise Error(luks1.NOT_LUKS)
-    if found is None and not any(text.startswith("The secondary") for text in damaged):
+    if found is None and not any("secondary" in text for text in damaged):
         damaged.append("There is no secondary LUKS2 header")
     chosen = luks2_binary.choose(copies[0], found)
     if copies[0] is not None and found is not None and copies[0].header.sequence != found.header.sequence:
         older = "primary" if chosen is found else "secondary"
         damaged.append(f"The {older} LUKS2 header is of an earlier change")
-    return Luks2(luks2.Header.parse(chosen), tuple(damaged))
+    header2 = luks2.Header.parse(chosen)
+    if not detached and header2.segments[0].offset < header2.keyslots_offset + header2.keyslots_bytes:
+        raise Error("LUKS payload is overlapping with the header")
+    return Luks2(header2, tuple(damaged))
 
 
 def parse(data: Buffer, *, detached: bool = False) -> LuksHeader:

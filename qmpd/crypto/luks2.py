@@ -63,7 +63,6 @@ _REQUIREMENTS: Final[Mapping[str, str]] = {
 Random = Callable[[int], bytes]
 
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,19}")
-_MAX_NUMBER: Final = (1 << 64) - 1
 _MAX_OFFSET: Final = (1 << 63) - 1
 
 
@@ -265,7 +264,8 @@ class Header:
             raise Error("Could not refresh total sector count: Input/output error")
         if last.size is not None:
             return before
-        return before + (volume_bytes - last.offset) // last.sector_size * last.sector_size
+        largest = max(segment.sector_size for segment in self.segments)
+        return before + (volume_bytes - last.offset) // largest * largest
 
 
 def unlocking(
@@ -535,20 +535,31 @@ def _segments(member: _Member) -> Iterator[Segment]:
             raise segment.refuse("does not consist of whole sectors")
         if length is not None and offset + length > _MAX_OFFSET:
             raise segment.refuse("ends where nothing can be")
+        # With a smaller bound than the format has no sector's number goes beyond 64 bits.
+        tweak = segment["iv_tweak"].decimal()
+        if tweak % (sector_size // SECTOR):
+            raise segment["iv_tweak"].refuse(f"is within a sector of {sector_size} bytes")
         yield Segment(
             number,
             offset,
             length,
-            segment["iv_tweak"].decimal(_MAX_NUMBER),
+            tweak,
             segment["encryption"].text(),
             sector_size,
         )
 
 
 def _check_segments(segments: list[Segment], digests_: Mapping[int, Digest]) -> None:
-    """See that the segments follow one another, and that one key is for all of them."""
+    """See that the segments follow one another in whole sectors, and that one key is for all of them."""
     if not segments:
         raise Error("LUKS2 metadata: there is no segment")
+    # As the disk shows sectors of one size, the others' have to lie in them.
+    largest = max(segment.sector_size for segment in segments)
+    for segment in segments:
+        if (segment.size or 0) % largest:
+            raise Error(
+                f"LUKS2 metadata: segment {segment.number} does not consist of sectors of {largest} bytes"
+            )
     for segment, following in pairwise(segments):
         if segment.size is None or following.offset != segment.offset + segment.size:
             raise Error(

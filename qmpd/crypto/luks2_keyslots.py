@@ -26,7 +26,7 @@ import base64
 import copy
 import os
 import uuid as uuids
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -93,9 +93,11 @@ def activating(
         plan += [Write(offset, material), Barrier()]
         metadata = without(header.metadata, [])
         metadata["keyslots"][str(number)] = _as_json(described)
-        digest = metadata["digests"][str(header.volume_digest.number)]
-        if str(number) not in digest["keyslots"]:
-            digest["keyslots"].append(str(number))
+        volume_digest = str(header.volume_digest.number)
+        if number not in header.volume_digest.keyslots:
+            # What the slot had may have been another key than the volume's.
+            _unassign(metadata, {str(number)})
+            metadata["digests"][volume_digest]["keyslots"].append(str(number))
         header, steps = commit(header, metadata, random)
         plan += steps
         if old is not None:
@@ -123,11 +125,21 @@ def without(metadata: Metadata, slots: Iterable[int]) -> Metadata:
     names = {str(number) for number in slots}
     for name in names:
         del changed["keyslots"][name]
-    for kind in ("digests", "tokens"):
-        for member in changed[kind].values():
-            if isinstance(member, dict) and isinstance(member.get("keyslots"), list):
-                member["keyslots"] = [name for name in member["keyslots"] if name not in names]
+    for token in changed["tokens"].values():
+        if isinstance(token, dict) and isinstance(token.get("keyslots"), list):
+            token["keyslots"] = [name for name in token["keyslots"] if name not in names]
+    _unassign(changed, names)
     return changed
+
+
+def _unassign(metadata: Metadata, names: Set[str]) -> None:
+    """Take slots out of the digests, and a digest away that is of no more use (as cryptsetup does it)."""
+    for number, digest in list(metadata["digests"].items()):
+        left = [name for name in digest["keyslots"] if name not in names]
+        if left or digest["segments"] or left == digest["keyslots"]:
+            digest["keyslots"] = left
+        else:
+            del metadata["digests"][number]
 
 
 def commit(header: Header, metadata: Metadata, random: Random) -> tuple[Header, Plan]:

@@ -229,8 +229,9 @@ async def create(graph: Graph, options: Mapping[str, Any]) -> None:
         target = header_disk or payload
         assert target is not None
         if payload is not None and size is not None:
-            offset = header.segments[0].offset
-            await payload.truncate(offset + size, preallocation)
+            segment = header.segments[0]
+            # Nobody gets less than he asked for.
+            await payload.truncate(segment.offset + size + -size % segment.sector_size, preallocation)
         if header_disk is not None:
             await header_disk.truncate(header.length)
         for step in plan:
