@@ -23,7 +23,7 @@ import hmac
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -45,6 +45,11 @@ STRIPES: Final = 4000
 
 #: A keyslot's area begins and ends at multiples of this many bytes (section 3.2).
 AREA_ALIGNMENT: Final = 4096
+
+#: How deeply the metadata may be nested (cryptsetup's bound), and of how many objects and lists it may
+#: consist: far more than 32 of each kind need, and few enough to be read at once.
+MAX_DEPTH: Final = 32
+MAX_CONTAINERS: Final = 1 << 14
 
 #: The longest key, in bytes (cryptsetup's bound).
 MAX_KEY_BYTES: Final = 512
@@ -127,7 +132,13 @@ class Digest:
         """Whether `key` is the one.
 
         It may take long and releases the interpreter lock: call it in a worker thread.
+
+        :raise Error: it would take too long.
         """
+        if self.iterations > kdf.MAX_ITERATIONS:
+            raise Error(
+                f"LUKS2 digest iteration count {self.iterations} is more than the {kdf.MAX_ITERATIONS} allowed"
+            )
         found = kdf.pbkdf2(self.hash_name, key, self.salt, self.iterations, len(self.digest))
         return hmac.compare_digest(found, self.digest)
 
@@ -178,6 +189,7 @@ class Header:
     :param keyslots: those of a known kind, by number.
     :param digests: by number.
     :param segments: in the order in which they make the payload.
+    :param offset: where the copy is that counts, in bytes; 0 for the primary one.
     """
 
     binary: BinaryHeader
@@ -185,6 +197,7 @@ class Header:
     keyslots: Mapping[int, Keyslot]
     digests: Mapping[int, Digest]
     segments: tuple[Segment, ...]
+    offset: int = 0
 
     @classmethod
     def parse(cls, copy: Copy) -> Header:
@@ -192,7 +205,7 @@ class Header:
 
         :raise Error: what is wrong with it.
         """
-        return parse_metadata(copy.header, copy.json)
+        return replace(parse_metadata(copy.header, copy.json), offset=copy.offset)
 
     @property
     def keyslots_offset(self) -> int:
@@ -384,10 +397,7 @@ def parse_metadata(binary: BinaryHeader, text: bytes) -> Header:
 
     :raise Error: what is wrong with it.
     """
-    try:
-        root = _Member(orjson.loads(text), "the object")
-    except orjson.JSONDecodeError:
-        raise Error("LUKS2 metadata is not JSON") from None
+    root = _Member(_loaded(text), "the object")
     config = root["config"]
     _check_config(binary, config)
     keyslots: dict[int, Keyslot | None] = dict(_keyslots(binary, config, root["keyslots"]))
@@ -401,6 +411,25 @@ def parse_metadata(binary: BinaryHeader, text: bytes) -> Header:
     _check_segments(segments, digests_)
     usable = {number: slot for number, slot in keyslots.items() if slot is not None}
     return Header(binary, root.object(), usable, digests_, tuple(segments))
+
+
+def _loaded(text: bytes) -> Any:
+    """The object that the text is, if it can't lead anybody astray who copies it or looks through it."""
+    if text[:1] != b"{" or text[-1:] != b"}":
+        raise Error("LUKS2 metadata is not a JSON object")
+    if text.count(b"{") + text.count(b"[") > MAX_CONTAINERS:
+        raise Error(f"LUKS2 metadata consists of more than {MAX_CONTAINERS} objects and lists")
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise Error("LUKS2 metadata is not JSON") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (member for one in level for member in (one.values() if isinstance(one, dict) else one))
+        level = [member for member in inner if isinstance(member, dict | list)]
+    if level:
+        raise Error(f"LUKS2 metadata is nested more than {MAX_DEPTH} levels deep")
+    return value
 
 
 def _check_config(binary: BinaryHeader, config: _Member) -> None:
