@@ -197,6 +197,9 @@ async def _try_slot(
 ) -> KeyBuffer | None:
     """The volume key, if `password` opens this slot."""
     derivation = header.derivation(slot)
+    if derivation.memory:
+        # Who waits for memory shall not be told afterwards that it was in vain.
+        derivation.check()
     material = await area.read(*header.material_extent(slot))
     async with graph.derivation_memory.reserve(derivation.memory):
         return await graph.in_key_thread(header.unlocking(slot, password.data, material))

@@ -480,7 +480,7 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
         raise Error(luks1.NOT_LUKS)
     if found is None and version != luks2_binary.VERSION:
         luks1.Header.parse(beginning)  # says that there is no such version
-    if found is None and not any(text.startswith("The secondary") for text in damaged):
+    if found is None and not any("secondary" in text for text in damaged):
         damaged.append("There is no secondary LUKS2 header")
     chosen = luks2_binary.choose(copies[0], found)
     if copies[0] is not None and found is not None:

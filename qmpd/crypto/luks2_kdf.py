@@ -30,8 +30,14 @@ MAX_CPUS: Final = 4
 #: The memory of a new key, in KiB, if nothing is said (cryptsetup's).
 DEFAULT_MEMORY: Final = 1 << 20
 
-#: More passes over the memory, counted in KiB, than this are refused: some hours.
-MAX_WORK: Final = 1 << 36
+#: More passes over the memory, counted in KiB, than this are refused: about an hour of one processor.
+MAX_WORK: Final = 1 << 32
+
+#: A pass takes at least as long as one over this much memory, in KiB: threads are begun for it.
+_LEAST_PASS: Final = 1 << 10
+
+#: More lanes than this are refused: each is a thread.
+MAX_LANES: Final = 64
 
 
 def usual_cpus() -> int:
@@ -86,9 +92,11 @@ class Kdf:
                 raise Error(
                     f"PBKDF2 iteration count {self.iterations} is more than the {kdf.MAX_ITERATIONS} allowed"
                 )
+        elif self.cpus > MAX_LANES:
+            raise Error(f"argon2 with {self.cpus} lanes is not supported, only up to {MAX_LANES}")
         elif self.memory < 8 * self.cpus:
             raise Error(f"argon2 with {self.cpus} lanes needs more memory than {self.memory} KiB")
-        elif self.memory * self.iterations > MAX_WORK:
+        elif max(self.memory, _LEAST_PASS) * self.iterations > MAX_WORK:
             raise Error(f"argon2 with {self.memory} KiB and {self.iterations} passes takes too long")
 
     def derive_into(self, password: Buffer, into: memoryview) -> None:
