@@ -27,7 +27,7 @@ COSTS: Final = Kdf("pbkdf2", bytes(32), ITERATIONS)
 #: What a key takes in the keyslots area, in bytes.
 KEY_AREA: Final = 64 << 10
 
-#: How many keys a volume has room for, unless a test says something else: eight, and one more while it changes.
+#: How many keys a volume has room for if a test says nothing else: eight, and one more while it changes.
 ROOM: Final = 9
 
 
@@ -57,12 +57,14 @@ def read(area: bytes, *, detached: bool) -> Luks2:
     """The header."""
     reader = luks.reading(detached=detached)
     offset, length = next(reader)
-    while True:
+    header: luks.LuksHeader | None = None
+    while header is None:
         try:
             offset, length = reader.send(area[offset : offset + length].ljust(length, b"\0"))
         except StopIteration as end:
-            assert isinstance(end.value, Luks2)
-            return end.value
+            header = end.value
+    assert isinstance(header, Luks2)
+    return header
 
 
 def filled(area: bytes, passwords: Passwords, *, detached: bool) -> bytes:
@@ -111,5 +113,3 @@ def with_metadata(area: bytes, metadata: dict[str, Any], *, sequence: int | None
 def header_of(area: bytes) -> Header:
     """What the copy says that counts."""
     return read(area, detached=True).header
-
-

@@ -153,10 +153,13 @@ def accepted_by_cryptsetup(header: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def opens_by_cryptsetup(header: Path, password: bytes) -> bool:
-    """Whether `cryptsetup open --test-passphrase` takes the passphrase."""
+def opens_by_cryptsetup(header: Path, password: bytes, *more: str) -> bool:
+    """Whether `cryptsetup open --test-passphrase` takes the passphrase.
+
+    :param more: options.
+    """
     done = subprocess.run(
-        ["cryptsetup", "open", "--test-passphrase", "--type", "luks", "--key-file", "-", header],
+        ["cryptsetup", "open", "--test-passphrase", "--type", "luks", "--key-file", "-", *more, header],
         input=password,
         capture_output=True,
         check=False,

@@ -199,6 +199,7 @@ async def _try_slot(
     derivation = header.derivation(slot)
     if derivation.memory:
         # Who waits for memory shall not be told afterwards that it was in vain.
+        graph.derivation_memory.check(derivation.memory)
         derivation.check()
     material = await area.read(*header.material_extent(slot))
     async with graph.derivation_memory.reserve(derivation.memory):

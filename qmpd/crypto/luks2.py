@@ -29,7 +29,7 @@ from typing import Any, Final
 
 import orjson
 
-from qmpd.crypto import antiforensic, kdf
+from qmpd.crypto import antiforensic, digests, kdf
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks2_binary import BinaryHeader, Copy
 from qmpd.crypto.luks2_kdf import Kdf
@@ -70,6 +70,10 @@ Random = Callable[[int], bytes]
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,19}")
 _MAX_NUMBER: Final = (1 << 64) - 1
 _MAX_OFFSET: Final = (1 << 63) - 1
+
+#: Costs are looked at when it comes to derive a key, so that a slot that costs too much keeps no other one
+#: from opening.
+_MAX_COST: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ class Digest:
         """
         if self.iterations > kdf.MAX_ITERATIONS:
             raise Error(
-                f"LUKS2 digest iteration count {self.iterations} is more than the {kdf.MAX_ITERATIONS} allowed"
+                f"LUKS2 digest iteration count {self.iterations} is more than the "
+                f"{kdf.MAX_ITERATIONS} allowed"
             )
         found = kdf.pbkdf2(self.hash_name, key, self.salt, self.iterations, len(self.digest))
         return hmac.compare_digest(found, self.digest)
@@ -356,8 +361,9 @@ class _Member:
             yield int(name), self[name]
 
     def text(self) -> str:
-        if not isinstance(self.value, str):
-            raise self.refuse("is no string")
+        # Whoever reads it in C takes a NUL for the end.
+        if not isinstance(self.value, str) or not self.value or "\0" in self.value:
+            raise self.refuse("is no string, or an empty one")
         return self.value
 
     def decimal(self, most: int = _MAX_OFFSET) -> int:
@@ -496,15 +502,15 @@ def _kdf(member: _Member) -> Kdf:
     salt = member["salt"].base64(64)
     if kind == "pbkdf2":
         return Kdf(
-            kind, salt, hash_name=member["hash"].text(), iterations=member["iterations"].integer(1, 2**32)
+            kind, salt, hash_name=member["hash"].text(), iterations=member["iterations"].integer(1, _MAX_COST)
         )
     if kind in ("argon2i", "argon2id"):
         return Kdf(
             kind,
             salt,
-            iterations=member["time"].integer(1, 2**32),
-            memory=member["memory"].integer(1, 2**32),
-            cpus=member["cpus"].integer(1, 2**24 - 1),
+            iterations=member["time"].integer(1, _MAX_COST),
+            memory=member["memory"].integer(1, _MAX_COST),
+            cpus=member["cpus"].integer(1, _MAX_COST),
         )
     raise member.refuse("is of a type that is not known")
 
@@ -516,12 +522,15 @@ def _digest(
     parts = member["segments"].numbers(segments, "segment")
     if member["type"].text() != "pbkdf2":
         return None
+    hash_name, value = member["hash"].text(), member["digest"].base64(512)
+    if hash_name in digests.HASHES and len(value) != digests.HASHES[hash_name].digest_size:
+        raise member["digest"].refuse(f"has not the length of a {hash_name}")
     return Digest(
         number=number,
-        hash_name=member["hash"].text(),
-        iterations=member["iterations"].integer(1, 2**32),
+        hash_name=hash_name,
+        iterations=member["iterations"].integer(1, _MAX_COST),
         salt=member["salt"].base64(512),
-        digest=member["digest"].base64(512),
+        digest=value,
         keyslots=slots,
         segments=parts,
     )

@@ -331,9 +331,7 @@ def starts(start_daemon: StartDaemon, disk: Disk, secret: str, kill: int) -> Run
 
 @pytest.mark.peer("cryptsetup")
 @pytest.mark.parametrize("version", KILLS_OF_REAL_DAEMONS)
-def test_the_real_daemon_loses_none_either(
-    tmp_path: Path, start_daemon: StartDaemon, version: int
-) -> None:
+def test_the_real_daemon_loses_none_either(tmp_path: Path, start_daemon: StartDaemon, version: int) -> None:
     disk, chance = Disk(tmp_path, version), random.Random(SEED)
     secret = "base"
     for kill in range(KILLS_OF_REAL_DAEMONS[version]):
