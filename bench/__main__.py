@@ -1,7 +1,9 @@
 """``python -m bench``: qmpd beside its peers, as Markdown tables.
 
 The suites are the monitor (bench/monitor.py), the data path
-(bench/data_path.py) and unlocking (bench/unlock.py).  With --write their results also go into the documents.
+(bench/data_path.py), unlocking (bench/unlock.py) and the sectors of LUKS2
+payloads (bench/sectors.py).  With --write their results also go into the
+documents.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
 
-from bench import data_path, document, monitor, unlock
+from bench import data_path, document, monitor, sectors, unlock
 from bench.chains import CHAINS, NBDKIT
 from bench.nbd_servers import nbdkit
 from bench.servers import QMPD, STORAGE_DAEMON, Program, qmpd, storage_daemon
 from bench.table import machine
 
-SUITES: Final = ("monitor", "data-path", "unlock")
+SUITES: Final = ("monitor", "data-path", "unlock", "sectors")
 
 #: The peers in the order of the tables' columns; qmpd comes last.
 PEERS: Final = (STORAGE_DAEMON, NBDKIT)
@@ -46,6 +48,8 @@ def main() -> int:
         run_data_path(programs, arguments)
     if "unlock" in arguments.only:
         run_unlock(programs, arguments)
+    if "sectors" in arguments.only:
+        run_sectors(arguments)
     return 0
 
 
@@ -141,6 +145,20 @@ def run_unlock(programs: Sequence[Program], arguments: argparse.Namespace) -> No
     print(f"## Unlocking\n\n{table}\n", flush=True)
     if arguments.write:
         document.write_unlock(table)
+
+
+def run_sectors(arguments: argparse.Namespace) -> None:
+    """Compare payloads in sectors of 4096 bytes with those of 512."""
+    settings = sectors.QUICK if arguments.quick else sectors.Settings()
+    if arguments.rounds is not None:
+        settings = replace(settings, rounds=arguments.rounds)
+    samples = sectors.run(settings)
+    table = samples.markdown(sectors.LARGE, [sectors.SMALL], spread=True)
+    used = machine(versions([qmpd()]), used="all used by nbdcopy, one by the ciphers")
+    table = f"{table}\n\n{used} A disk of {settings.size >> 20} MiB, {settings.rounds} rounds."
+    print(f"## Sectors of LUKS2 payloads\n\n{table}\n", flush=True)
+    if arguments.write:
+        document.write_sectors(table)
 
 
 def versions(programs: Sequence[Program]) -> list[str]:

@@ -49,6 +49,11 @@ def write_unlock(table: str) -> None:
     _write(BENCHMARKS, "unlock", table)
 
 
+def write_sectors(table: str) -> None:
+    """Put the table of sector sizes into docs/benchmarks.md."""
+    _write(BENCHMARKS, "sectors", table)
+
+
 def write_data_path(tables: str, aims: str) -> None:
     """Put the data path's tables into docs/benchmarks.md and the aims into docs/performance.md."""
     _write(BENCHMARKS, "data path", tables)

@@ -5,27 +5,34 @@ does.  Rates are of `blockdev-add` in a daemon, and of whole runs of `qemu-io`
 and `cryptsetup open --test-passphrase`, which take some hundredths of a second
 to start.  A daemon has unlocked another disk before, so qmpd has loaded its
 ciphers.
+
+Headers of LUKS2 are for qmpd and cryptsetup alone.  Of those the processor time
+is compared too, which says more where the machine has something else to do: that
+of cryptsetup's whole run, and what the daemon's has grown by.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from bench.servers import QMPD, STORAGE_DAEMON, Program, running
+from bench.luks2_volumes import write_volume
+from bench.servers import QMPD, STORAGE_DAEMON, Program, Server, running
 from bench.table import Aim, Row, Samples
-from qmpd.crypto import kdf, luks1
+from qmpd.crypto import kdf, luks1, luks2_kdf
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.plan import Plan, Write
 from qmpd.crypto.steps import run as run_steps
@@ -53,15 +60,17 @@ class Settings:
     :param milliseconds: the `iter-time` of the headers.
     :param at_once: how many clients unlock at the same time.
     :param accuracy_runs: how often iterations are chosen, and derived.
+    :param memory: the most that argon2 takes, in KiB.
     """
 
     rounds: int = 3
     milliseconds: int = 2000
     at_once: int = 8
     accuracy_runs: int = 20
+    memory: int = luks2_kdf.usual_memory()
 
 
-QUICK: Final = Settings(rounds=1, milliseconds=10, at_once=2, accuracy_runs=2)
+QUICK: Final = Settings(rounds=1, milliseconds=10, at_once=2, accuracy_runs=2, memory=32 << 10)
 
 
 def run(programs: Sequence[Program], settings: Settings) -> Samples:
@@ -70,19 +79,22 @@ def run(programs: Sequence[Program], settings: Settings) -> Samples:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
         images = list(_images(directory, settings))
+        images_of_luks2 = list(_images_of_luks2(directory, settings))
         header, key, plan = luks1.format_plan(SPEC, "sha256", PASSPHRASE, 1000, 1000)
         key.wipe()
         (directory / QUICKLY).write_bytes(_volume(header, plan))
-        for _ in range(settings.rounds):
+        for number in range(settings.rounds):
             samples.next_round()
             for image, title, hash_name in images:
                 aims = tuple(Aim(1, peer) for peer in (STORAGE_DAEMON, QEMU_IO, CRYPTSETUP))
                 row = Row(f"unlocking, {hash_name}, {title}", "/min", aims)
                 for peer in (QEMU_IO, CRYPTSETUP):
                     if shutil.which(peer):
-                        samples.add(row, peer, 60 / _command(peer, image))
+                        samples.add(row, peer, 60 / _command(peer, image).seconds)
                 for program in programs:
-                    samples.add(row, program.name, 60 / _alone(program, image, directory))
+                    samples.add(row, program.name, 60 / _alone(program, image, directory).seconds)
+            for image, title in images_of_luks2:
+                _measure_luks2(programs, image, title, directory, number, samples)
             for program in programs:
                 _measure_latency(program, images[0][0], directory, 1, settings, samples)
                 _measure_latency(program, images[0][0], directory, settings.at_once, settings, samples)
@@ -123,6 +135,25 @@ def _images(directory: Path, settings: Settings) -> Iterator[tuple[Path, str, st
         yield path, f"keyslot {last} of {luks1.SLOTS} in use", hash_name
 
 
+def _images_of_luks2(directory: Path, settings: Settings) -> Iterator[tuple[Path, str]]:
+    """Volumes with one keyslot each, and what to call them."""
+    for kind, cpus in (("argon2id", 1), ("argon2id", luks2_kdf.usual_cpus()), ("pbkdf2", 0)):
+        path = directory / f"{kind}-{cpus}.luks"
+        if path.exists():
+            continue  # on a single processor
+        costs = run_steps(
+            luks2_kdf.calibrating(
+                kind, settings.milliseconds, SPEC.key_bytes, memory=settings.memory, cpus=cpus
+            )
+        )
+        write_volume(path, PASSPHRASE, costs, PAYLOAD)
+        title = f"{kind} ({costs.hash_name})"
+        if kind != "pbkdf2":
+            lanes = "lane" if cpus == 1 else "lanes"
+            title = f"{kind} ({costs.memory >> 10} MiB, {costs.iterations} passes, {cpus} {lanes})"
+        yield path, f"LUKS2, {title}"
+
+
 def _volume(header: luks1.Header, plan: Plan) -> bytearray:
     volume = bytearray(header.payload_offset * luks1.SECTOR + PAYLOAD)
     for step in plan:
@@ -134,17 +165,48 @@ def _volume(header: luks1.Header, plan: Plan) -> bytearray:
 # -- unlocking
 
 
-def _command(program: str, image: Path) -> float:
-    """Seconds that a program takes from its start to its end, with an unlock between."""
+class _Taken(NamedTuple):
+    """What an unlock has taken.
+
+    :param seconds: by the clock.
+    :param processor: of processor time.
+    """
+
+    seconds: float
+    processor: float
+
+
+def _measure_luks2(
+    programs: Sequence[Program], image: Path, title: str, directory: Path, number: int, samples: Samples
+) -> None:
+    """Measure qmpd and cryptsetup one right after the other; who is first changes from round to round."""
+    rate = Row(f"unlocking, {title}", "/min", (Aim(1, CRYPTSETUP),))
+    processor = Row(f"processor time of that, {title}", "s")
+    turns: dict[str, Callable[[], _Taken]] = {
+        program.name: partial(_alone, program, image, directory)
+        for program in programs
+        if program.name == QMPD
+    }
+    if shutil.which(CRYPTSETUP):
+        turns[CRYPTSETUP] = partial(_command, CRYPTSETUP, image)
+    for name, unlock in list(turns.items())[:: -1 if number % 2 else 1]:
+        taken = unlock()
+        samples.add(rate, name, 60 / taken.seconds)
+        samples.add(processor, name, taken.processor)
+
+
+def _command(program: str, image: Path) -> _Taken:
+    """What a program takes from its start to its end, with an unlock between."""
     secret = f"secret,id=s,data={PASSPHRASE.decode()}"
     options = f"driver=luks,key-secret=s,file.driver=file,file.filename={image}"
     command = {
         QEMU_IO: [QEMU_IO, "-r", "--object", secret, "--image-opts", options, "-c", "quit"],
         CRYPTSETUP: [CRYPTSETUP, "open", "--test-passphrase", "--key-file", "-", str(image)],
     }[program]
-    start = time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, input=PASSPHRASE, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return _Taken(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 class _Client:
@@ -179,7 +241,7 @@ class _Client:
 
 
 @contextmanager
-def _clients(program: Program, directory: Path, count: int) -> Iterator[list[_Client]]:
+def _clients(program: Program, directory: Path, count: int) -> Iterator[tuple[Server, list[_Client]]]:
     """So many clients of one daemon, each with a monitor of its own: qemu-storage-daemon's serve one."""
     paths = [directory / f"monitor{number}" for number in range(count)]
     words = list(program.command)
@@ -187,12 +249,12 @@ def _clients(program: Program, directory: Path, count: int) -> Iterator[list[_Cl
         words += ["--chardev", f"socket,id=m{number},path={path},server=on,wait=off"]
         words += ["--monitor", f"chardev=m{number}"]
     words += ["--object", f"secret,id=s,data={PASSPHRASE.decode()}"]
-    with running(Program(program.name, words)):
+    with running(Program(program.name, words)) as server:
         clients = [_Client(path) for path in paths]
         try:
             clients[0].unlock(directory / QUICKLY, "q")
             clients[0].execute("blockdev-del", {"node-name": "q"})
-            yield clients
+            yield server, clients
         finally:
             for client in clients:
                 client.close()
@@ -200,10 +262,12 @@ def _clients(program: Program, directory: Path, count: int) -> Iterator[list[_Cl
                 path.unlink(missing_ok=True)
 
 
-def _alone(program: Program, image: Path, directory: Path) -> float:
-    """Seconds that `blockdev-add` of an image takes."""
-    with _clients(program, directory, 1) as (client,):
-        return client.unlock(image, "n")
+def _alone(program: Program, image: Path, directory: Path) -> _Taken:
+    """What `blockdev-add` of an image takes."""
+    with _clients(program, directory, 1) as (server, (client,)):
+        before = server.processor_seconds()
+        seconds = client.unlock(image, "n")
+        return _Taken(seconds, server.processor_seconds() - before)
 
 
 def _measure_latency(
@@ -212,7 +276,7 @@ def _measure_latency(
     """Measure what somebody else waits for, while so many clients unlock."""
     who = "one client unlocks" if count == 1 else f"{count} clients unlock at once"
     taken: list[float] = []
-    with _clients(program, directory, count + 1) as (other, *busy):
+    with _clients(program, directory, count + 1) as (_, (other, *busy)):
         threads = [
             threading.Thread(target=client.unlock, args=(image, f"n{number}"))
             for number, client in enumerate(busy)

@@ -49,6 +49,7 @@ class Daemon:
     :param announce: is told what a person who starts the daemon should know; by
         default it goes to the process's standard error output.
     :param cipher_processes: how many processes cipher long requests beside this one.
+    :param pbkdf_memory: what key derivations may take together, in KiB; None for what is usual.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Daemon:
         stdout: TextIO | None = None,
         announce: Announce | None = None,
         cipher_processes: int = 0,
+        pbkdf_memory: int | None = None,
     ) -> None:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEEPEST_CALLS))
         self.schema = load(schema_directory())
@@ -70,6 +72,7 @@ class Daemon:
             secrets=self._objects.secret_bytes,
             key_memory=key_memory,
             cipher_pool=CipherPool(cipher_processes) if cipher_processes else None,
+            pbkdf_memory=pbkdf_memory,
             validate=self._validated_blockdev_options,
             corrupted=self._image_corrupted,
         )

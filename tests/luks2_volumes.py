@@ -1,115 +1,176 @@
-"""LUKS2 volumes for tests of their keyslots, by the functions that `luks_volumes.py` has for LUKS1.
+"""LUKS volumes in files, of both versions, that cryptsetup and qmpd take turns with.
 
-The volume key is short and the key derivation quick there as here.  The keyslots area has room for as many
-keys as a test wants.
+Passphrases are files in the volume's directory, and secrets of the graph, under their own names; and every
+key derivation costs as little as cryptsetup allows.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import os
+import struct
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final
 
-import luks_volumes
-import orjson
-from luks_volumes import ITERATIONS, SPEC, Passwords, carried_out, extent
+from qmpd.block.drivers import DRIVERS
+from qmpd.block.graph import Graph
+from qmpd.block.node import Node
+from qmpd.crypto import luks2_binary
+from qmpd.crypto.memory import KeyBuffer, KeyMemory
+from qmpd.errors import Error
 
-from qmpd.crypto import luks
-from qmpd.crypto.luks import Luks2
-from qmpd.crypto.luks2 import Header
-from qmpd.crypto.luks2_binary import BinaryHeader
-from qmpd.crypto.luks2_kdf import Kdf
-from qmpd.crypto.luks2_keyslots import NEW_SIZE, formatting
-from qmpd.crypto.plan import Plan
-from qmpd.crypto.steps import run
+PASSPHRASES: Final = ("first", "second", "third")
 
-COSTS: Final = Kdf("pbkdf2", bytes(32), ITERATIONS)
+#: A volume key, as long as the cipher wants it.
+KEY: Final = bytes(range(100, 164))
 
-#: What a key takes in the keyslots area, in bytes.
-KEY_AREA: Final = 64 << 10
+_ARGON2: Final = ("--pbkdf-memory", "32", "--pbkdf-parallel", "1", "--pbkdf-force-iterations", "4")
 
-#: How many keys a volume has room for if a test says nothing else: eight, and one more while it changes.
-ROOM: Final = 9
-
-
-def packed(binary: BinaryHeader, metadata: dict[str, Any]) -> bytes:
-    """Both copies of a header."""
-    text = orjson.dumps(metadata)
-    return binary.pack(text, secondary=False) + binary.pack(text, secondary=True)
+#: Options of cryptsetup for the cheapest key derivation.
+CHEAP: Final = {
+    "pbkdf2": ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"),
+    "argon2i": ("--pbkdf", "argon2i", *_ARGON2),
+    "argon2id": ("--pbkdf", "argon2id", *_ARGON2),
+}
 
 
-def new_area(*, detached: bool, room: int = ROOM) -> bytes:
-    """A volume that `base` in slot 0 opens.
+def _resolve(name: str) -> KeyBuffer:
+    if name not in PASSPHRASES:
+        raise Error(f"No secret with id '{name}'")
+    return KeyMemory().copy_of(name.encode())
 
-    :param room: for so many keys.
+
+@asynccontextmanager
+async def new_graph() -> AsyncIterator[Graph]:
+    """A graph that has the passphrases."""
+    graph = Graph(DRIVERS, secrets=_resolve)
+    try:
+        yield graph
+    finally:
+        await graph.close()
+
+
+class Volume:
+    """A volume, with a header in front of its payload or in a file of its own.
+
+    :param directory: gets the files.
+    :param size: of the payload's file, in bytes.
     """
-    header, key, plan = run(formatting(SPEC, "sha256", b"base", COSTS, ITERATIONS, detached=detached))
-    key.wipe()
-    metadata = copy.deepcopy(header.metadata)
-    metadata["config"]["keyslots_size"] = str(room * KEY_AREA)
-    length = 2 * NEW_SIZE + room * KEY_AREA
-    if not detached:
-        metadata["segments"]["0"]["offset"] = str(length)
-    area = carried_out(bytes(16 << 20), plan)[:length]
-    return packed(header.binary, metadata) + area[2 * NEW_SIZE :]
 
+    def __init__(self, directory: Path, *, detached: bool = False, size: int = 17 << 20) -> None:
+        self.directory = directory
+        self.payload = directory / "disk.img"
+        self.header = directory / "header.img" if detached else self.payload
+        self.detached = detached
+        for name in PASSPHRASES:
+            (directory / name).write_text(name)
+        self.payload.touch()
+        os.truncate(self.payload, size)
 
-def read(area: bytes, *, detached: bool) -> Luks2:
-    """The header."""
-    reader = luks.reading(detached=detached)
-    offset, length = next(reader)
-    header: luks.LuksHeader | None = None
-    while header is None:
+    # -- cryptsetup
+
+    def tried(self, action: str, *words: str, on: str | None = None) -> subprocess.CompletedProcess[str]:
+        """What cryptsetup does with the header.
+
+        :param words: its options, or other arguments.
+        :param on: on which file, if not on the header's.
+        """
+        return subprocess.run(
+            ["cryptsetup", action, "--batch-mode", on or self.header.name, *words],
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def cryptsetup(self, action: str, *words: str, on: str | None = None) -> str:
+        """The same, where it has to succeed without a complaint."""
+        done = self.tried(action, *words, on=on)
+        assert (done.returncode, done.stderr) == (0, ""), f"{action} {words}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def format(
+        self, *options: str, kdf: str = "pbkdf2", version: int = 2, key_bits: int | None = None
+    ) -> None:
+        """Have cryptsetup make it, with the first passphrase.
+
+        :param key_bits: the volume key is the beginning of `KEY`, and so long.
+        """
+        words = ["--type", f"luks{version}", *CHEAP[kdf], *options, "--key-file", "first"]
+        if key_bits is not None:
+            (self.directory / "key").write_bytes(KEY[: key_bits // 8])
+            words += ["--key-size", str(key_bits), "--volume-key-file", "key"]
+        if self.detached:
+            self.cryptsetup("luksFormat", "--header", self.header.name, *words, on=self.payload.name)
+        else:
+            self.cryptsetup("luksFormat", *words)
+
+    def add_key(self, known: str, new: str, *options: str, kdf: str = "pbkdf2") -> None:
+        """Have cryptsetup add a passphrase."""
+        self.cryptsetup("luksAddKey", *CHEAP[kdf], "--key-file", known, *options, new)
+
+    def opened_by(self) -> dict[str, bool]:
+        """Which passphrases cryptsetup can open it with."""
+        words = ("--test-passphrase", "--key-file")
+        return {name: self.tried("open", *words, name).returncode == 0 for name in PASSPHRASES}
+
+    def metadata(self) -> dict[str, Any]:
+        """The metadata, as cryptsetup shows it."""
+        shown: dict[str, Any] = json.loads(self.cryptsetup("luksDump", "--dump-json-metadata"))
+        return shown
+
+    # -- the header's bytes
+
+    def sequences(self) -> list[int]:
+        """The sequence numbers of the two copies."""
+        with self.header.open("rb") as file:
+            (size,) = struct.unpack_from(">Q", file.read(16), 8)
+            file.seek(0)
+            data = file.read(2 * size)
+        return [
+            luks2_binary.parse_copy(data[start : start + size], start).header.sequence for start in (0, size)
+        ]
+
+    def rewrite(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change the metadata in a way of which cryptsetup knows nothing, in both copies."""
+        with self.header.open("r+b") as file:
+            size = luks2_binary.claimed_size(file.read(16), 0)
+            assert size is not None
+            file.seek(0)
+            found = luks2_binary.parse_copy(file.read(size), 0)
+            metadata = copy.deepcopy(json.loads(found.json))
+            change(metadata)
+            binary = found.header.next()
+            file.seek(0)
+            for secondary in (False, True):
+                file.write(binary.pack(json.dumps(metadata).encode(), secondary=secondary))
+
+    def overwrite(self, offset: int, data: bytes) -> None:
+        """Put bytes into the header's file."""
+        with self.header.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    # -- qmpd
+
+    def node_options(self, secret: str = "first", **more: Any) -> dict[str, Any]:
+        """BlockdevOptions."""
+        options: dict[str, Any] = {"driver": "luks", "key-secret": secret}
+        options["file"] = {"driver": "file", "filename": str(self.payload)}
+        if self.detached:
+            options["header"] = {"driver": "file", "filename": str(self.header)}
+        return {**options, **more}
+
+    @asynccontextmanager
+    async def open(self, graph: Graph, secret: str = "first", **more: Any) -> AsyncIterator[Node]:
+        """Have it open for the time of an ``async with``."""
+        node = await graph.add(self.node_options(secret, **{"node-name": "disk", **more}))
         try:
-            offset, length = reader.send(area[offset : offset + length].ljust(length, b"\0"))
-        except StopIteration as end:
-            header = end.value
-    assert isinstance(header, Luks2)
-    return header
-
-
-def filled(area: bytes, passwords: Passwords, *, detached: bool) -> bytes:
-    """The same volume with these passphrases and no other; `base` is in its slot 0."""
-    for slot, password in sorted(passwords.items(), reverse=True):
-        area = carried_out(area, activation(area, [slot], b"base", password, detached=detached)[1])
-    if 0 not in passwords:
-        area = carried_out(area, erasure(area, [0], detached=detached))
-    assert read(area, detached=detached).active_slots == sorted(passwords)
-    return area
-
-
-def activation(
-    area: bytes, slots: list[int], known: bytes, password: bytes, *, detached: bool
-) -> tuple[Luks2, Plan]:
-    """The plan that puts `password` into slots of a volume that `known` opens."""
-    header = read(area, detached=detached)
-    for slot in header.active_slots:
-        found = run(header.unlocking(slot, known, area[slice(*extent(header, slot))]))
-        if found is not None:
-            with found as key:
-                return run(header.activating(slots, key.data, password, COSTS))
-    raise AssertionError(f"{known!r} opens nothing")
-
-
-def erasure(area: bytes, slots: list[int], *, detached: bool) -> Plan:
-    """The plan that takes the keys out of slots."""
-    return read(area, detached=detached).erasing(slots)[1]
-
-
-class Judge(luks_volumes.Judge):
-    """Says which passphrases open a volume."""
-
-    def header(self, area: bytes) -> Luks2:
-        return read(area, detached=self.detached)
-
-
-def with_metadata(area: bytes, metadata: dict[str, Any], *, sequence: int | None = None) -> bytes:
-    """The same volume with other metadata, in both copies."""
-    binary = header_of(area).binary
-    if sequence is not None:
-        binary = BinaryHeader(binary.size, sequence, binary.label, binary.checksum_hash, binary.uuid, "")
-    return packed(binary, metadata) + area[2 * binary.size :]
-
-
-def header_of(area: bytes) -> Header:
-    """What the copy says that counts."""
-    return read(area, detached=True).header
+            yield node
+        finally:
+            await graph.delete(node.name)

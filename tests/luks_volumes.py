@@ -1,6 +1,6 @@
 """LUKS1 volumes for tests of their keyslots: filled with passphrases, and judged by which ones open them.
 
-Those of LUKS2, by the same functions, are in `luks2_volumes.py`.
+Those of LUKS2, by the same functions, are in `luks2_areas.py`.
 
 A volume here is its bytes up to the end of the key area.  The volume key is the shortest that there is, so
 that a keyslot takes 64,000 bytes and little time; the number of iterations is the least as well.

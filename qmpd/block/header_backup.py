@@ -1,7 +1,8 @@
 """A LUKS header saved to a file, and put back from one.
 
 What belongs into a backup, and in which order one is put back, is said in
-:mod:`qmpd.crypto.luks1_backup`; here it is read, written, and judged.
+:mod:`qmpd.crypto.luks1_backup` and :mod:`qmpd.crypto.luks2_backup`; here it is
+read, written, and judged.
 
 A backup is a new file: none is ever overwritten, and none that is not whole
 stays behind, be it that the disk is full or that the job was cancelled.  If the
@@ -25,17 +26,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from qmpd.block import keyslots, luks_header
 from qmpd.block.keyslot_holder import KeyslotHolder
 from qmpd.block.luks_header import HeaderArea
-from qmpd.crypto import luks1, luks1_backup
-from qmpd.crypto.luks import Luks1, LuksHeader
-from qmpd.crypto.luks1_backup import HeaderState
-from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
+from qmpd.crypto import luks, luks_backup
+from qmpd.crypto.luks import LuksHeader
+from qmpd.crypto.luks_backup import HeaderState
+from qmpd.crypto.memory import Buffer
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
@@ -46,16 +47,6 @@ _ATTEMPTS: Final = 3
 
 #: Only its owner may read a backup, and nobody write it: that is what cryptsetup makes.
 _MODE: Final = 0o400
-
-
-def version_1(header: LuksHeader) -> Luks1:
-    """The header, if it is of LUKS1.
-
-    :raise Error: if it is not.
-    """
-    if not isinstance(header, Luks1):
-        raise Error(f"This is not there yet for LUKS{header.version} headers")
-    return header
 
 
 # -- saving
@@ -70,33 +61,47 @@ async def save(holder: KeyslotHolder, filename: str) -> None:
     graph = holder.graph
     # Slots change in this daemon before or after, and not meanwhile.
     async with graph.turn(holder.header_identity):
-        header, sectors, materials = await _read_whole(holder)
+        header, beginning, materials = await _read_whole(holder)
     with holder.copy_volume_key() as key:
-        if not await graph.in_key_thread(luks1.checking_digest(header, key.data)):
+        if not await graph.in_key_thread(header.fitting(key.data)):
             raise Error("The volume key does not fit the digest in the LUKS header")
+    await save_image(graph, filename, header, beginning, materials)
+
+
+async def save_image(
+    graph: Graph, filename: str, header: LuksHeader, beginning: Buffer, materials: Mapping[int, bytes]
+) -> None:
+    """Make a backup out of what was read; afterwards it is whole and on the storage, or not there.
+
+    :param beginning: the first :attr:`~LuksHeader.beginning_bytes` bytes of the header's volume.
+    :param materials: the key material of the slots in use, by slot number.
+    :raise OSError: what the system says of the file.
+    """
     file = _NewFile(filename)
-    image = luks1_backup.backup_image(sectors)
+    image = header.backup_image(beginning)
     pieces = [(header.material_extent(slot)[0], material) for slot, material in materials.items()]
     try:
         # The header last: without it the file is no backup.
-        await graph.in_io_thread(file.write, header.header_length(), [*pieces, (0, image)])
+        await graph.in_io_thread(file.write, header.length, [*pieces, (0, image)])
     except BaseException:
         await graph.in_io_thread(file.remove)
         raise
 
 
-async def _read_whole(holder: KeyslotHolder) -> tuple[luks1.Header, bytes, dict[int, bytes]]:
-    """A header, its sectors, and the key material of the slots in use, all of one moment."""
+async def _read_whole(holder: KeyslotHolder) -> tuple[LuksHeader, bytes, dict[int, bytes]]:
+    """A header, what it begins with, and the key material of the slots in use, all of one moment."""
     for _ in range(_ATTEMPTS):
-        found = version_1(await keyslots.read_again(holder))
-        materials = await _materials(holder.header_area, found.header, found.header.active_slots)
-        if await keyslots.read_again(holder) == found:
-            return found.header, found.sectors, materials
+        header = await keyslots.read_again(holder)
+        materials = await key_materials(holder.header_area, header)
+        beginning = bytes(await holder.header_area.read(0, header.beginning_bytes))
+        if await keyslots.read_again(holder) == header:
+            return header, beginning, materials
     raise Error("The LUKS header is being changed by somebody else")
 
 
-async def _materials(area: HeaderArea, header: luks1.Header, slots: list[int]) -> dict[int, bytes]:
-    return {slot: bytes(await area.read(*header.material_extent(slot))) for slot in slots}
+async def key_materials(area: HeaderArea, header: LuksHeader) -> dict[int, bytes]:
+    """The key material of the slots in use, by slot number."""
+    return {slot: bytes(await area.read(*header.material_extent(slot))) for slot in header.active_slots}
 
 
 class _NewFile:
@@ -182,33 +187,46 @@ async def put_back(
     """
     graph = holder.graph
     assert holder.luks_header is not None, "whoever is given a backup has keyslots"
-    known = version_1(holder.luks_header).header
+    known = holder.luks_header
     detached = holder.header_role == "header"
     async with _backup_area(holder, filename) as source, keyslots.exclusive(holder) as access:
         if filename is None:
-            backup, backup_sectors = known, luks1_backup.backup_image(known.pack())
+            backup = known
         else:
-            backup_sectors = bytes(await source.read(0, HEADER_SECTORS_BYTES))
-            backup = _parse_backup(backup_sectors, known, source.node.size, detached=detached)
+            beginning = await source.read(0, min(source.node.size, luks.MOST_BEGINNING_BYTES))
+            backup = _parse_backup(beginning, known, source.node.size, detached=detached)
         await _check_digest(holder, backup)
-        sectors = bytes(await holder.header_area.read(0, HEADER_SECTORS_BYTES))
-        state, present = luks1_backup.state_of(sectors, known, detached=detached)
+        state, present, beginning = await read_state(holder)
         if filename is None and present is not None:
             raise Error("The LUKS header can be read: to change it back, name a backup")
         if not force:
             await _check_unforced(graph, source, backup, known, state, secret or holder.opened_with)
-        materials = await _materials(source, backup, backup.active_slots)
+        materials = await key_materials(source, backup)
         if present is None:
-            header, plan = luks1_backup.rewrite_plan(known, backup, backup_sectors, materials)
+            header, plan = known.rewriting(backup, materials)
         else:
-            there = await _materials(holder.header_area, present, present.active_slots)
-            header, plan = luks1_backup.restore_plan(
-                present, sectors, there, backup, backup_sectors, materials
-            )
-        keyslots.check_extents(holder, Luks1(header, sectors), plan)
+            there = await key_materials(holder.header_area, present)
+            header, plan = present.restoring(there, backup, materials)
+        keyslots.check_extents(holder, header, plan)
         commit()
-        await access.carry_out(plan, expected=sectors)
-        access.announce(Luks1(known, sectors).after(plan, header))
+        await access.carry_out(plan, expected=present or bytes(beginning))
+        access.announce(header)
+
+
+async def read_state(holder: KeyslotHolder) -> tuple[HeaderState, LuksHeader | None, bytearray]:
+    """What lies where a node's header was.
+
+    :returns: the header as well, if it is one of this volume, and the bytes that there are where it begins.
+    :raise Error: if they can't be read.
+    """
+    known = holder.luks_header
+    assert known is not None, "whoever is asked has keyslots"
+    beginning = await holder.header_area.read(0, known.beginning_bytes)
+    found = None
+    with suppress(Error):
+        found = await luks_header.read_header(holder.header_area, detached=holder.header_role == "header")
+    state = luks_backup.state_of(known, found, beginning)
+    return state, found if state.is_ours else None, beginning
 
 
 @asynccontextmanager
@@ -222,19 +240,19 @@ async def _backup_area(holder: KeyslotHolder, filename: str | None) -> AsyncIter
         yield HeaderArea(file, failure="Unable to read LUKS header backup")
 
 
-def _parse_backup(sectors: bytes, known: luks1.Header, size: int, *, detached: bool) -> luks1.Header:
+def _parse_backup(beginning: Buffer, known: LuksHeader, size: int, *, detached: bool) -> LuksHeader:
     """The header in a backup, of which no more is believed than what the known one says too.
 
-    :param size: of the file, in bytes.
+    :param beginning: of the file, which has `size` bytes.
     """
     try:
-        backup = luks1.Header.parse(sectors, detached=detached)
+        backup = luks.parse(beginning, detached=detached)
     except Error as error:
         raise Error(f"The backup holds no LUKS header that can be used: {error.desc}") from None
-    what = luks1_backup.difference(known, backup)
+    what = known.difference(backup)
     if what is not None:
         raise Error(f"The backup is of another volume: its {what} is not the one of this volume")
-    if not backup.active_slots:
+    if not backup.volume_slots:
         raise Error("No keyslot is active in the backup")
     end = max(sum(backup.material_extent(slot)) for slot in backup.active_slots)
     if size < end:
@@ -242,17 +260,17 @@ def _parse_backup(sectors: bytes, known: luks1.Header, size: int, *, detached: b
     return backup
 
 
-async def _check_digest(holder: KeyslotHolder, backup: luks1.Header) -> None:
+async def _check_digest(holder: KeyslotHolder, backup: LuksHeader) -> None:
     with holder.copy_volume_key() as key:
-        if not await holder.graph.in_key_thread(luks1.checking_digest(backup, key.data)):
+        if not await holder.graph.in_key_thread(backup.fitting(key.data)):
             raise Error("The backup is of another volume: the volume key does not fit its digest")
 
 
 async def _check_unforced(
     graph: Graph,
     source: HeaderArea,
-    backup: luks1.Header,
-    known: luks1.Header,
+    backup: LuksHeader,
+    known: LuksHeader,
     state: HeaderState,
     secret: str,
 ) -> None:
@@ -262,9 +280,9 @@ async def _check_unforced(
     if backup.uuid != known.uuid:
         raise Error(f"The backup has the UUID '{backup.uuid}', and the volume '{known.uuid}'")
     with graph.secrets(secret) as password:
-        for slot in backup.active_slots:
-            # A slot with an absurd iteration count does not keep the others from being tried.
+        for slot in backup.volume_slots:
+            # A slot with absurd costs does not keep the others from being tried.
             with suppress(Error):
-                if await luks_header.opens(graph, source, Luks1(backup, b""), slot, password):
+                if await luks_header.opens(graph, source, backup, slot, password):
                     return
     raise Error(f"The passphrase of secret '{secret}' opens no keyslot of the header that would be put back")

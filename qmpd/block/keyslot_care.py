@@ -1,12 +1,12 @@
-"""Looking after a LUKS header: its keyslots told, the header saved and put back.
+"""Looking after a LUKS header: its keyslots told, the header saved, put back, made one of another version.
 
-The work is in :mod:`qmpd.block.keyslot_insight` and :mod:`qmpd.block.header_backup`.  They need ciphers,
-so they are imported when a node turns out to have a LUKS header.
+The work is in :mod:`qmpd.block.keyslot_insight`, :mod:`qmpd.block.header_backup` and
+:mod:`qmpd.block.luks_conversion`.  They need ciphers, so they are imported when they are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from qmpd.block.amending import kept
 from qmpd.block.keyslot_holder import keyslot_holder
 
 if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
     from qmpd.block.node import Node
 
 
@@ -43,3 +44,16 @@ async def restore_header(
     with kept(node):
         module = await node.graph.in_io_thread(import_module, "qmpd.block.header_backup")
         await module.put_back(keyslot_holder(node), filename, secret=secret, force=force, commit=commit)
+
+
+async def convert_header(
+    graph: Graph,
+    reference: str | Mapping[str, Any],
+    version: int,
+    *,
+    backup: str,
+    commit: Callable[[], None],
+) -> None:
+    """Make a header one of another version; see :func:`qmpd.block.luks_conversion.convert`."""
+    module = await graph.in_io_thread(import_module, "qmpd.block.luks_conversion")
+    await module.convert(graph, reference, version, backup=backup, commit=commit)

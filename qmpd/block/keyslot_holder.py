@@ -18,7 +18,7 @@ from qmpd.errors import Error
 if TYPE_CHECKING:
     from qmpd.block.luks_header import HeaderArea, OpenedSlot
     from qmpd.crypto.luks import LuksHeader
-    from qmpd.crypto.luks1 import VolumeKey
+    from qmpd.crypto.memory import KeyBuffer
 
 #: What a change of keyslots keeps others from.
 _UNSHARED: Final = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
@@ -82,7 +82,7 @@ class KeyslotHolder(Node):
         """The keyslot that it was opened by."""
 
     @abstractmethod
-    def copy_volume_key(self) -> VolumeKey:
+    def copy_volume_key(self) -> KeyBuffer:
         """A copy of the volume key, for the caller to wipe."""
 
     @property

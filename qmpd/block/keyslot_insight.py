@@ -2,25 +2,27 @@
 which of them opened the node, and whether the header is still the one that was opened.
 
 The costs are for this machine: how fast it derives keys is measured in a key thread, once in a while.
+argon2 is measured with less memory and fewer passes than it may be made for, and the rest is reckoned.
 Nothing of a slot is told that is worth anything without its passphrase; salts and key material are not told
-at all.
+at all, nor what is in a token besides its type.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from qmpd.block.header_backup import version_1
+from qmpd.block.header_backup import read_state
 from qmpd.block.keyslot_holder import KeyslotHolder, holders_beside
-from qmpd.block.luks_header import DEFAULT_ITER_TIME
-from qmpd.crypto import kdf, luks1_backup
-from qmpd.crypto.luks import Luks1
-from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
+from qmpd.block.luks_header import DEFAULT_ITER_TIME, shown
+from qmpd.crypto import kdf, luks2_kdf
+from qmpd.crypto.luks import Luks2, LuksHeader
+from qmpd.crypto.luks2_kdf import Kdf
+from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
-    from qmpd.crypto import luks1
 
 #: A slot is weak if trying a passphrase takes less than this, in milliseconds: a tenth of the default.
 WEAK_BELOW: Final = DEFAULT_ITER_TIME // 10
@@ -36,55 +38,85 @@ async def query(holder: KeyslotHolder) -> dict[str, Any]:
     :raise Error: if the header can't be read.
     """
     graph = holder.graph
-    assert holder.luks_header is not None, "whoever is asked has keyslots"
-    known = version_1(holder.luks_header).header
-    sectors = await holder.header_area.read(0, HEADER_SECTORS_BYTES)
-    state, found = luks1_backup.state_of(sectors, known, detached=holder.header_role == "header")
-    header = found or known
-    opened = holder.opened_slot.find(Luks1(header, b""))
-    key_speed = await _speed(graph, header.hash_name, header.key_bytes)
-    digest_speed = await _speed(graph, header.hash_name, len(header.digest))
+    state, found, _ = await read_state(holder)
+    header = found or holder.luks_header
+    assert header is not None, "whoever is asked has keyslots"
+    opened = holder.opened_slot.find(header)
     info: dict[str, Any] = {
-        "type": "luks1",
-        "uuid": header.uuid,
+        "type": f"luks{header.version}",
+        "uuid": shown(header.uuid),
         "header-node": holder.header_area.node.name,
         "state": str(state),
-        "digest": _derivation(header, header.digest_iterations, digest_speed),
+        "digest": await _derivation(graph, header.digest_derivation, header.derived_bytes(None)),
         "slots": [
-            _slot(header, number, slot, key_speed, opened=number == opened)
-            for number, slot in enumerate(header.slots)
+            await _slot(graph, header, number, opened=number == opened) for number in header.listed_slots
         ],
         "shared-with": sorted(node.name for node in holders_beside(holder)),
     }
+    if isinstance(header, Luks2):
+        info |= _only_version_2(header)
     return info if opened is None else info | {"opened-by": opened}
 
 
-def _slot(
-    header: luks1.Header, number: int, slot: luks1.Keyslot, speed: float, *, opened: bool
-) -> dict[str, Any]:
-    info: dict[str, Any] = {"slot": number, "active": slot.active, "opened-node": opened}
-    if slot.active:
-        derivation = _derivation(header, slot.iterations, speed)
-        info |= {"kdf": derivation, "weak": derivation["milliseconds"] < WEAK_BELOW}
+def _only_version_2(header: Luks2) -> dict[str, Any]:
+    binary = header.header.binary
+    info: dict[str, Any] = {"sequence": binary.sequence, "damaged": list(header.damaged)}
+    for name, text in (("label", binary.label), ("subsystem", binary.subsystem)):
+        if text:
+            info[name] = shown(text)
     return info
 
 
-def _derivation(header: luks1.Header, iterations: int, speed: float) -> dict[str, Any]:
-    return {
-        "type": "pbkdf2",
-        "milliseconds": max(1, round(iterations / speed)),
-        "hash": header.hash_name,
-        "iterations": iterations,
+async def _slot(graph: Graph, header: LuksHeader, number: int, *, opened: bool) -> dict[str, Any]:
+    there = number in header.active_slots
+    active = number in header.volume_slots
+    info: dict[str, Any] = {"slot": number, "active": active, "opened-node": opened}
+    if not there:
+        return info
+    # Nobody knows what a slot costs that is of a kind or with a hash that is not known here.
+    with suppress(Error):
+        costs = await _derivation(graph, header.derivation(number), header.derived_bytes(number))
+        info["kdf"] = costs
+        if active:
+            info["weak"] = costs["milliseconds"] < WEAK_BELOW
+    if isinstance(header, Luks2):
+        info |= _slot_only_version_2(header, number, active)
+    return info
+
+
+def _slot_only_version_2(header: Luks2, number: int, active: bool) -> dict[str, Any]:
+    said = header.header
+    info: dict[str, Any] = {
+        "unbound": not active,
+        "tokens": [
+            {"token": token, "type": shown(kind)} for token, kind, slots in said.tokens if number in slots
+        ],
     }
+    if number in said.keyslots:
+        info["priority"] = said.keyslots[number].priority
+    return info
 
 
-async def _speed(graph: Graph, hash_name: str, key_bytes: int) -> float:
-    """Iterations of PBKDF2 in a millisecond."""
-    what = ("pbkdf2", hash_name, key_bytes)
+async def _derivation(graph: Graph, derivation: Kdf, derived_bytes: int) -> dict[str, Any]:
+    """__org.qmpd_LuksKdf.
+
+    :raise Error: no such hash.
+    """
+    per_millisecond = await _speed(graph, derivation, derived_bytes)
+    return derivation.parameters() | {"milliseconds": max(1, round(derivation.work / per_millisecond))}
+
+
+async def _speed(graph: Graph, derivation: Kdf, derived_bytes: int) -> float:
+    """How much of :attr:`Kdf.work` this machine does in a millisecond."""
+    trial = luks2_kdf.trial(derivation, graph.derivation_memory.limit)
+    what = (trial.kind, trial.hash_name, trial.memory, trial.cpus, derived_bytes)
     # Whoever asks at the same time has the same answer.
     async with graph.turn(what):
-        return await graph.derivation_speed.of(what, partial(_measure, graph, hash_name, key_bytes))
+        return await graph.derivation_speed.of(what, partial(_measure, graph, trial, derived_bytes))
 
 
-async def _measure(graph: Graph, hash_name: str, key_bytes: int) -> float:
-    return await graph.in_key_thread(kdf.calibrating(hash_name, 1000, key_bytes)) / 1000
+async def _measure(graph: Graph, trial: Kdf, derived_bytes: int) -> float:
+    if trial.kind == "pbkdf2":
+        return await graph.in_key_thread(kdf.calibrating(trial.hash_name, 1000, derived_bytes)) / 1000
+    async with graph.derivation_memory.reserve(trial.memory):
+        return await graph.in_key_thread(luks2_kdf.measuring(trial, derived_bytes))

@@ -37,8 +37,9 @@ from qmpd.block import luks_header
 from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder, holders_beside
 from qmpd.block.luks_header import HeaderArea
 from qmpd.crypto.luks import LuksHeader
-from qmpd.crypto.luks1 import SECTOR, VolumeKey
+from qmpd.crypto.luks1 import SECTOR
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
+from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Plan, Write
 from qmpd.errors import Error
 
@@ -100,21 +101,11 @@ class Access:
         async with self._holder.graph.change():
             if expected is not None and not await self._has(expected):
                 raise Error("The LUKS header has been changed by somebody else meanwhile")
-            overwritten: list[tuple[int, bytes]] = []
             try:
-                for step in plan:
-                    if isinstance(step, Write):
-                        overwritten.append((step.offset, bytes(await area.read(step.offset, len(step.data)))))
-                        await area.write(step.offset, step.data)
-                    else:
-                        await area.node.flush()
-            except BaseException as error:
-                undone = await _undo(area, overwritten)
+                await write_plan(area, plan)
+            except BaseException:
                 await self._read_back()
-                if not isinstance(error, OSError | Error):
-                    raise
-                reason = error.desc if isinstance(error, Error) else f"{WRITE_FAILURE}: {error.strerror}"
-                raise Error(reason if undone else f"{reason}; {NOT_UNDONE}") from None
+                raise
 
     async def _has(self, expected: LuksHeader | bytes) -> bool:
         """Whether this is what the storage has."""
@@ -135,6 +126,27 @@ class Access:
             _LOG.warning("the header of node '%s' can't be read: %s", self._holder.name, error.desc)
         else:
             self.announce(header)
+
+
+async def write_plan(area: HeaderArea, plan: Plan) -> None:
+    """Write what a plan says; if that fails, undo what has been done.
+
+    :raise Error: what the storage says, and whether not all could be undone.
+    """
+    overwritten: list[tuple[int, bytes]] = []
+    try:
+        for step in plan:
+            if isinstance(step, Write):
+                overwritten.append((step.offset, bytes(await area.read(step.offset, len(step.data)))))
+                await area.write(step.offset, step.data)
+            else:
+                await area.node.flush()
+    except BaseException as error:
+        undone = await _undo(area, overwritten)
+        if not isinstance(error, OSError | Error):
+            raise
+        reason = error.desc if isinstance(error, Error) else f"{WRITE_FAILURE}: {error.strerror}"
+        raise Error(reason if undone else f"{reason}; {NOT_UNDONE}") from None
 
 
 async def _undo(area: HeaderArea, overwritten: Sequence[tuple[int, bytes]]) -> bool:
@@ -386,7 +398,7 @@ async def _slots_opened(
 
 async def _volume_key(
     holder: KeyslotHolder, header: LuksHeader, secret: str | None, force: bool
-) -> VolumeKey:
+) -> KeyBuffer:
     """The volume key: whoever adds a key has to know one, as in QEMU; with `force` it need not be so.
 
     :param secret: what the client has named, which has to be there in any case, or None.

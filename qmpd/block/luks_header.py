@@ -16,12 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from qmpd.crypto import kdf, luks, luks1, luks1_keyslots, luks2, luks2_kdf, luks2_keyslots
+from qmpd.crypto import kdf, luks, luks1, luks1_keyslots, luks2, luks2_binary, luks2_kdf, luks2_keyslots
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks import KdfChoice, LuksHeader, PayloadSegment
-from qmpd.crypto.luks1 import VolumeKey
 from qmpd.crypto.memory import KeyBuffer
-from qmpd.crypto.plan import Plan
+from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
@@ -138,7 +137,7 @@ async def unlock(
     detached: bool = False,
     only_version_1: bool = False,
     prefix: str = "",
-) -> tuple[LuksHeader, VolumeKey, OpenedSlot]:
+) -> tuple[LuksHeader, KeyBuffer, OpenedSlot]:
     """Read a header and unlock it.
 
     :param options: their "key-secret" is the id of the passphrase's secret.
@@ -156,7 +155,7 @@ async def unlock(
 
 async def find_key(
     graph: Graph, area: HeaderArea, header: LuksHeader, password: KeyBuffer
-) -> tuple[int, VolumeKey]:
+) -> tuple[int, KeyBuffer]:
     """The first keyslot that `password` opens, and the volume key out of it.
 
     A slot that can't be tried, be it because it would take absurdly long, does not keep the others from
@@ -175,7 +174,7 @@ async def find_key(
             refusal = error
             continue
         if key is not None:
-            return slot, VolumeKey(key)
+            return slot, key
     raise refusal
 
 
@@ -201,7 +200,9 @@ async def _try_slot(
         # Who waits for memory shall not be told afterwards that it was in vain.
         graph.derivation_memory.check(derivation.memory)
         derivation.check()
-    material = await area.read(*header.material_extent(slot))
+    offset, length = header.material_extent(slot)
+    # An area may be much larger than what lies in it.
+    material = await area.read(offset, min(length, luks2.MAX_KEY_BYTES * luks2.STRIPES))
     async with graph.derivation_memory.reserve(derivation.memory):
         return await graph.in_key_thread(header.unlocking(slot, password.data, material))
 
@@ -296,7 +297,10 @@ def _making_version_1(
     )
     key.wipe()
     sectors = header.pack().ljust(luks1_keyslots.HEADER_SECTORS_BYTES, b"\0")
-    return luks.Luks1(header, sectors), plan
+    # The second copy of an older LUKS2 header would be taken for the volume's if this one got lost.
+    places = [offset for offset in luks2_binary.SIZES if offset < header.header_length()]
+    stale: Plan = [Write(offset, bytes(luks1.SECTOR)) for offset in places]
+    return luks.Luks1(header, sectors), [*stale, Barrier(), *plan]
 
 
 def _making_version_2(
@@ -364,12 +368,12 @@ def _header_info_2(header: luks.Luks2, segment: PayloadSegment, detached: bool) 
         "payload-offset": segment.offset,
         "sector-size": segment.sector_size,
         "master-key-iters": said.volume_digest.iterations,
-        "uuid": _shown(said.binary.uuid),
+        "uuid": shown(said.binary.uuid),
         "slots": [_slot_info_2(slot) for _, slot in sorted(said.keyslots.items())],
     }
     for name, text in (("label", said.binary.label), ("subsystem", said.binary.subsystem)):
         if text:
-            info[name] = _shown(text)
+            info[name] = shown(text)
     return info | {"damaged": list(header.damaged)} if header.damaged else info
 
 
@@ -388,6 +392,6 @@ def _slot_info_2(slot: luks2.Keyslot) -> dict[str, Any]:
     return info
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Bytes of a header as text for a client, whatever they are."""
     return text.encode(errors="surrogateescape").decode("utf-8", "replace")

@@ -483,9 +483,10 @@ class Node(ABC):
         async with self._writes.track(start, end, serialising=bool(head or tail)):
             if head or tail:
                 padded = bytearray(end - start)
-                if head:
+                # What lies behind the end, in a disk that grows, is zeroes.
+                if head and start < self.size:
                     padded[:alignment] = memoryview(await self._pread(start, alignment))
-                if tail and not (head and end - start == alignment):
+                if tail and not (head and end - start == alignment) and end - alignment < self.size:
                     padded[-alignment:] = memoryview(await self._pread(end - alignment, alignment))
                 padded[head : head + length] = view
                 view = memoryview(padded)

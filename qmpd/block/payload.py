@@ -86,11 +86,11 @@ class Payload:
         if not self.is_dynamic:
             return last.end
         there = max(file_size - last.shift, last.start)
-        return there - (there - last.start) % last.cipher.cipher.sector_size
+        return there - (there - last.start) % self.alignment
 
     def file_size(self, size: int) -> int:
-        """How long the file has to be for a dynamic payload of `size` bytes."""
-        return size + self._parts[-1].shift
+        """How long the file has to be for a dynamic payload of at least `size` bytes, in whole sectors."""
+        return size + -size % self.alignment + self._parts[-1].shift
 
     def copy_key(self) -> KeyBuffer:
         """A copy of the volume key, for the caller to wipe."""

@@ -4,10 +4,11 @@ In a temporary directory it makes an empty header file and a sparse payload,
 starts the daemon on a UNIX socket, and plays over QMP what a management
 program would send, with the ``qemu.qmp`` library and with each request and
 reply shown.  Data is written and read through the device, and the passphrase
-is changed while it is plugged in; then the demo looks at the files from outside,
-for a header and for plaintext where neither may be.  Everything it shows it also
-checks: what is not as it should be ends it with status 1 and one line on standard
-error.
+is changed while it is plugged in.  That is done twice, with LUKS1 and, shorter,
+with LUKS2 and argon2id.  Then the demo looks at the files from outside, for a
+header and for plaintext where neither may be, and lets other programs judge
+them.  Everything it shows it also checks: what is not as it should be ends it
+with status 1 and one line on standard error.
 """
 
 from __future__ import annotations
@@ -29,16 +30,67 @@ from typing import Any, Final, NoReturn, TextIO, cast
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
-#: The names that libvirt would give.
-HEADER_STORAGE: Final = "libvirt-1-storage"
-HEADER_FORMAT: Final = "libvirt-1-format"
-PAYLOAD_STORAGE: Final = "libvirt-2-storage"
-DISK: Final = "libvirt-3-format"
-DEVICE: Final = "virtio-disk1"
 SECRET: Final = "sec0"
 PASSPHRASE: Final = "abc123"
 NEW_SECRET: Final = "sec1"
 NEW_PASSPHRASE: Final = "correct horse"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """An encrypted disk of the play.
+
+    :param version: of its LUKS header.
+    :param header: the nodes of its header, from the storage up.
+    :param payload: the node of its payload.
+    :param node: its own.
+    :param device: the device's id.
+    :param header_file: the name of the file with the header, and `payload_file` of that with the payload.
+    :param making: what `blockdev-create` is told besides.
+    :param sector_size: the bytes that are encrypted as a unit.
+    """
+
+    version: int
+    header: tuple[str, ...]
+    payload: str
+    node: str
+    device: str
+    header_file: str
+    payload_file: str
+    making: Mapping[str, Any]
+    sector_size: int = 512
+
+
+#: The nodes are called as libvirt would call them.
+LUKS1: Final = Disk(
+    version=1,
+    header=("libvirt-1-storage", "libvirt-1-format"),
+    payload="libvirt-2-storage",
+    node="libvirt-3-format",
+    device="virtio-disk1",
+    header_file="header.img",
+    payload_file="payload.raw",
+    making={"iter-time": 10},
+)
+
+LUKS2: Final = Disk(
+    version=2,
+    header=("header2",),
+    payload="payload2",
+    node="disk2",
+    device="virtio-disk2",
+    header_file="header2.img",
+    payload_file="payload2.raw",
+    making={
+        "version": 2,
+        "pbkdf": "argon2id",
+        "pbkdf-memory": 16384,
+        "iter-time": 50,
+        "sector-size": 4096,
+        "label": "demo",
+    },
+    sector_size=4096,
+)
 
 #: What is written, where, and how much of it (bytes).
 PATTERN: Final = 0xAB
@@ -82,10 +134,14 @@ def run(arguments: Sequence[str]) -> int:
     :param arguments: what stands after ``qmpd demo``.
     :return: the exit status.
     """
-    parser = _Parser(prog="qmpd demo", description="Plug an encrypted disk with a detached LUKS header.")
+    parser = _Parser(prog="qmpd demo", description="Plug encrypted disks with detached LUKS headers.")
     parser.add_argument("--keep", action="store_true", help="leave the files where they are")
     parser.add_argument(
-        "--size", type=_size, default=_size("1G"), metavar="SIZE", help="of the payload, sparse (default: 1G)"
+        "--size",
+        type=_size,
+        default=_size("1G"),
+        metavar="SIZE",
+        help="of each payload, sparse (default: 1G)",
     )
     try:
         options = parser.parse_args(arguments)
@@ -138,9 +194,9 @@ class Screen:
         self.say(text, "heading")
 
     def message(self, arrow: str, message: Mapping[str, Any], style: str) -> None:
-        """Show a message of the protocol, indented if it is very long, as only replies are."""
+        """Show a message of the protocol; a reply is indented if it is very long."""
         text = json.dumps(dict(message))
-        if len(text) > 240:
+        if style == "reply" and len(text) > 240:
             text = json.dumps(dict(message), indent=2)
         self.say(f"{arrow} " + text.replace("\n", "\n   "), style)
 
@@ -190,8 +246,6 @@ class Demo:
     _client: QMPClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.header = self.directory / "header.img"
-        self.payload = self.directory / "payload.raw"
         self._stdout = self.directory / "daemon.stdout"
 
     async def play(self) -> None:
@@ -202,24 +256,31 @@ class Demo:
         self._make_files()
         async with self._daemon() as process:
             await self._make_header()
-            await self._plug()
-            await self._use()
+            await self._plug(LUKS1)
+            await self._use(LUKS1)
             await self._show_graph()
             await self._change_passphrase()
-            await self._unplug()
+            await self._unplug(LUKS1)
+            await self._play_luks2()
             await self._quit(process)
-        self._check_files()
+        for disk in (LUKS1, LUKS2):
+            self._check_files(disk)
         self._ask_others()
         self.screen.say()
         self.screen.say("Everything is as it should be.", "good")
 
     def _make_files(self) -> None:
-        self.screen.heading(f"An empty header file and a sparse payload of {self.size >> 20} MiB")
-        self.header.touch(mode=0o600)
-        self.payload.touch(mode=0o600)
-        os.truncate(self.payload, self.size)
-        self.screen.say(f"   {self.header}")
-        self.screen.say(f"   {self.payload}")
+        self.screen.heading(f"Empty header files, and a sparse payload of {self.size >> 20} MiB for each")
+        for disk in (LUKS1, LUKS2):
+            header, payload = self._files(disk)
+            header.touch(mode=0o600)
+            payload.touch(mode=0o600)
+            os.truncate(payload, self.size)
+            self.screen.say(f"   {header}")
+            self.screen.say(f"   {payload}")
+
+    def _files(self, disk: Disk) -> tuple[Path, Path]:
+        return self.directory / disk.header_file, self.directory / disk.payload_file
 
     @asynccontextmanager
     async def _daemon(self) -> AsyncIterator[asyncio.subprocess.Process]:
@@ -263,9 +324,12 @@ class Demo:
             raise DemoError("the daemon sent no greeting")
         return greeting._asdict()
 
-    async def _execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    async def _execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, whole: bool = True
+    ) -> Any:
         """Send a command, show it and its reply, and return what it returned.
 
+        :param whole: show all of the reply.
         :raise DemoError: it was refused.
         """
         request: dict[str, Any] = {"execute": command}
@@ -278,7 +342,8 @@ class Demo:
             )
         except ExecuteError as error:
             raise DemoError(f"{command} was refused: {error}") from error
-        self.screen.message("<-", {"return": returned}, "reply")
+        if whole:
+            self.screen.message("<-", {"return": returned}, "reply")
         return returned
 
     async def _wait_event(self, listener: EventListener, **data: str) -> None:
@@ -293,15 +358,16 @@ class Demo:
     async def _make_header(self) -> None:
         self.screen.heading("The key, and a node for the header: storage, and a format above it")
         await self._execute("object-add", {"qom-type": "secret", "id": SECRET, "data": PASSPHRASE})
-        await self._execute(
-            "blockdev-add", {"node-name": HEADER_STORAGE, "driver": "file", "filename": str(self.header)}
-        )
-        await self._execute(
-            "blockdev-add", {"node-name": HEADER_FORMAT, "driver": "raw", "file": HEADER_STORAGE}
-        )
+        storage, format_ = LUKS1.header
+        file, _ = self._files(LUKS1)
+        await self._execute("blockdev-add", {"node-name": storage, "driver": "file", "filename": str(file)})
+        await self._execute("blockdev-add", {"node-name": format_, "driver": "raw", "file": storage})
 
         self.screen.heading("A LUKS header is made, as a job (few iterations, so that it takes no time)")
-        options = {"driver": "luks", "header": HEADER_FORMAT, "key-secret": SECRET, "iter-time": 10}
+        await self._create(LUKS1)
+
+    async def _create(self, disk: Disk) -> None:
+        options = {"driver": "luks", "header": disk.header[-1], "key-secret": SECRET, **disk.making}
         await self._run_job("blockdev-create", {"job-id": "create0", "options": options})
 
     async def _run_job(self, command: str, arguments: Mapping[str, Any]) -> None:
@@ -318,24 +384,29 @@ class Demo:
                 raise DemoError(f"{command} failed: {job['error']}")
         await self._execute("job-dismiss", {"id": job_id})
 
-    async def _plug(self) -> None:
-        self.screen.heading("The payload, the encrypted disk, and the device")
-        await self._execute(
-            "blockdev-add", {"node-name": PAYLOAD_STORAGE, "driver": "file", "filename": str(self.payload)}
-        )
-        disk = {"driver": "luks", "file": PAYLOAD_STORAGE, "header": HEADER_FORMAT, "key-secret": SECRET}
-        await self._execute("blockdev-add", {"node-name": DISK, **disk})
-        device = {"driver": "virtio-blk-pci", "num-queues": "1", "scsi": "off", "drive": DISK, "id": DEVICE}
-        await self._execute("device_add", device)
-        (block,) = [
-            block for block in await self._execute("query-block") if DEVICE in block.get("qdev", "")
-        ] or [None]
-        self._check(
-            block is not None and block["inserted"]["image"]["virtual-size"] == self.size,
-            f"the device is a disk of {self.size} bytes",
-        )
+    async def _plug(self, disk: Disk, *, whole: bool = True) -> None:
+        """Open the disk and give it to a device.
 
-    async def _use(self) -> None:
+        :param whole: show all that `query-block` says, not only what is of LUKS.
+        """
+        self.screen.heading("The payload, the encrypted disk, and the device")
+        _, file = self._files(disk)
+        payload = {"node-name": disk.payload, "driver": "file", "filename": str(file)}
+        await self._execute("blockdev-add", payload)
+        node = {"driver": "luks", "file": disk.payload, "header": disk.header[-1], "key-secret": SECRET}
+        await self._execute("blockdev-add", {"node-name": disk.node, **node})
+        device = {"driver": "virtio-blk-pci", "num-queues": "1", "scsi": "off"}
+        await self._execute("device_add", {**device, "drive": disk.node, "id": disk.device})
+        blocks = await self._execute("query-block", whole=whole)
+        (image,) = [
+            block["inserted"]["image"] for block in blocks if disk.device in block.get("qdev", "")
+        ] or [{}]
+        if not whole:
+            self.screen.message("<- ...", {"format-specific": image.get("format-specific")}, "reply")
+        size = self.size - self.size % disk.sector_size
+        self._check(image.get("virtual-size") == size, f"the device is a disk of {size} bytes")
+
+    async def _use(self, disk: Disk) -> None:
         self.screen.heading("Data goes through the device (what qemu-io prints goes to the daemon's output)")
         for command, printed in (
             (f"write -P {PATTERN:#x} {OFFSET} {LENGTH}", f"wrote {LENGTH}/{LENGTH} bytes at offset {OFFSET}"),
@@ -343,7 +414,7 @@ class Demo:
             (f"read -P {PATTERN:#x} {OFFSET} {LENGTH}", f"read {LENGTH}/{LENGTH} bytes at offset {OFFSET}"),
         ):
             before = self._stdout.stat().st_size
-            target = f"/machine/peripheral/{DEVICE}/virtio-backend"
+            target = f"/machine/peripheral/{disk.device}/virtio-backend"
             line = f'qemu-io -d {target} "{command}"'
             reply = await self._execute("human-monitor-command", {"command-line": line})
             with self._stdout.open("rb") as stdout:
@@ -362,10 +433,11 @@ class Demo:
             self.screen.say(f"   {line}")
         names = {node["id"]: node["name"] for node in graph["nodes"]}
         edges = {(names[edge["parent"]], edge["name"], names[edge["child"]]) for edge in graph["edges"]}
+        storage, format_ = LUKS1.header
         wanted = {
-            (DISK, "file", PAYLOAD_STORAGE),
-            (DISK, "header", HEADER_FORMAT),
-            (HEADER_FORMAT, "file", HEADER_STORAGE),
+            (LUKS1.node, "file", LUKS1.payload),
+            (LUKS1.node, "header", format_),
+            (format_, "file", storage),
         }
         self._check(wanted <= edges, "the disk stands on its payload and on its header")
 
@@ -373,29 +445,48 @@ class Demo:
         self.screen.heading(
             "Another passphrase, while the disk is plugged in: a second one comes, the first one goes"
         )
+        await self._rekey(LUKS1, {"iter-time": 10})
+
+    async def _rekey(self, disk: Disk, costs: Mapping[str, Any]) -> None:
+        """Put the new passphrase into a keyslot, and take the old one out of its own."""
         await self._execute("object-add", {"qom-type": "secret", "id": NEW_SECRET, "data": NEW_PASSPHRASE})
-        added = {"driver": "luks", "state": "active", "new-secret": NEW_SECRET, "iter-time": 10}
-        await self._run_job("blockdev-amend", {"job-id": "add0", "node-name": DISK, "options": added})
+        added = {"driver": "luks", "state": "active", "new-secret": NEW_SECRET, **costs}
+        await self._run_job("blockdev-amend", {"job-id": "add0", "node-name": disk.node, "options": added})
         erased = {"driver": "luks", "state": "inactive", "old-secret": SECRET}
-        await self._run_job("blockdev-amend", {"job-id": "erase0", "node-name": DISK, "options": erased})
+        await self._run_job("blockdev-amend", {"job-id": "erase0", "node-name": disk.node, "options": erased})
         nodes = cast("list[dict[str, Any]]", await self._client.execute("query-named-block-nodes"))
-        (disk,) = [node for node in nodes if node["node-name"] == DISK]
-        slots = disk["image"]["format-specific"]["data"]["slots"]
+        (node,) = [node for node in nodes if node["node-name"] == disk.node]
+        slots = node["image"]["format-specific"]["data"]["slots"]
         self._check(
-            [number for number, slot in enumerate(slots) if slot["active"]] == [1],
+            # Of LUKS2 only those in use are listed, with their numbers.
+            [slot.get("slot", place) for place, slot in enumerate(slots) if slot["active"]] == [1],
             "keyslot 1 is the only one in use",
         )
 
-    async def _unplug(self) -> None:
+    async def _unplug(self, disk: Disk) -> None:
         self.screen.heading("And back again")
         with self._client.listener("DEVICE_DELETED") as listener:
-            await self._execute("device_del", {"id": DEVICE})
-            await self._wait_event(listener, device=DEVICE)
-        for node in (DISK, PAYLOAD_STORAGE, HEADER_FORMAT, HEADER_STORAGE):
+            await self._execute("device_del", {"id": disk.device})
+            await self._wait_event(listener, device=disk.device)
+        for node in (disk.node, disk.payload, *reversed(disk.header)):
             await self._execute("blockdev-del", {"node-name": node})
         for secret in (SECRET, NEW_SECRET):
             await self._execute("object-del", {"id": secret})
         self._check(not await self._execute("query-named-block-nodes"), "no node is left")
+
+    async def _play_luks2(self) -> None:
+        self.screen.heading(
+            "A second disk: LUKS2 with argon2id and sectors of 4096 bytes, its header detached as well"
+        )
+        await self._execute("object-add", {"qom-type": "secret", "id": SECRET, "data": PASSPHRASE})
+        (node,), (file, _) = LUKS2.header, self._files(LUKS2)
+        await self._execute("blockdev-add", {"node-name": node, "driver": "file", "filename": str(file)})
+        await self._create(LUKS2)
+        await self._plug(LUKS2, whole=False)
+        await self._use(LUKS2)
+        self.screen.heading("Another passphrase, in the same way")
+        await self._rekey(LUKS2, {"pbkdf-memory": 16384, "iter-time": 50})
+        await self._unplug(LUKS2)
 
     async def _quit(self, process: asyncio.subprocess.Process) -> None:
         await self._execute("quit")
@@ -405,14 +496,18 @@ class Demo:
 
     # --- the files, from outside
 
-    def _check_files(self) -> None:
-        self.screen.heading("The files, seen from outside")
+    def _check_files(self, disk: Disk) -> None:
+        self.screen.heading(f"The files of the LUKS{disk.version} disk, seen from outside")
+        header_file, payload_file = self._files(disk)
+        header = header_file.read_bytes()
         self._check(
-            self.header.read_bytes().startswith(LUKS_MAGIC), "the header file begins with a LUKS header"
+            header.startswith(LUKS_MAGIC)
+            and header[len(LUKS_MAGIC) :][:2] == disk.version.to_bytes(2, "big"),
+            f"the header file begins with a LUKS{disk.version} header",
         )
         plaintext = bytes([PATTERN]) * 16
         held = 0
-        with self.payload.open("rb") as payload:
+        with payload_file.open("rb") as payload:
             for start, length in _pieces(payload.fileno(), self.size):
                 held += length
                 # With some bytes more, so that nothing hides at a border.
@@ -422,7 +517,7 @@ class Demo:
                 if plaintext in data:
                     raise DemoError(f"the payload holds plaintext after byte {start}")
             written = os.pread(payload.fileno(), LENGTH, OFFSET)
-        self._check(os.stat(self.payload).st_size == self.size, "the payload has the size that it had")
+        self._check(os.stat(payload_file).st_size == self.size, "the payload has the size that it had")
         self._check(
             len(set(written)) == 256,
             f"bytes {OFFSET} to {OFFSET + LENGTH} of the payload look like noise",
@@ -435,21 +530,27 @@ class Demo:
         key = self.directory / "passphrase"
         key.touch(mode=0o600)
         key.write_text(NEW_PASSPHRASE)
-        image = f"driver=luks,key-secret=key,file.driver=file,file.filename={self.payload}"
-        image += f",header.driver=file,header.filename={self.header}"
+        (header, payload), (header2, payload2) = (self._files(disk) for disk in (LUKS1, LUKS2))
+        image = f"driver=luks,key-secret=key,file.driver=file,file.filename={payload}"
+        image += f",header.driver=file,header.filename={header}"
         secret = f"secret,id=key,file={key}"
         read = f"read -P {PATTERN:#x} {OFFSET} {LENGTH}"
-        unlock = ["cryptsetup", "open", "--test-passphrase", "--type", "luks1", "--key-file", str(key)]
-        for command, oldest in (
-            (["cryptsetup", "luksDump", str(self.header)], ""),
-            ([*unlock, "--header", str(self.header), str(self.payload)], ""),
-            (["qemu-img", "info", "--object", secret, "--image-opts", image], "9.0"),
-            (["qemu-io", "--object", secret, "--image-opts", image, "-c", read], "9.0"),
-        ):
-            self._ask(command, oldest)
+        unlock = ["cryptsetup", "open", "--test-passphrase", "--key-file", str(key), "--type"]
+        self._ask(["cryptsetup", "luksDump", str(header)])
+        self._ask([*unlock, "luks1", "--header", str(header), str(payload)])
+        self._ask(["qemu-img", "info", "--object", secret, "--image-opts", image], oldest="9.0")
+        self._ask(["qemu-io", "--object", secret, "--image-opts", image, "-c", read], oldest="9.0")
 
-    def _ask(self, command: Sequence[str], oldest: str) -> None:
-        """Run another program, unless it is missing or older than it may be."""
+        self.screen.heading("Other programs, about the LUKS2 disk (QEMU's know nothing of LUKS2)")
+        made = ("Version: 2", "Label: demo", "sector: 4096 [bytes]", "1: luks2", "PBKDF: argon2id")
+        self._ask(["cryptsetup", "luksDump", str(header2)], saying=made)
+        self._ask([*unlock, "luks2", "--header", str(header2), str(payload2)])
+
+    def _ask(self, command: Sequence[str], *, oldest: str = "", saying: Sequence[str] = ()) -> None:
+        """Run another program, unless it is missing or older than it may be.
+
+        :param saying: lines that it has to print, with single blanks; they are shown.
+        """
         program = shutil.which(command[0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
         if program is None:
             self.screen.say(f"-- {command[0]} is not installed: not asked", "faint")
@@ -463,6 +564,11 @@ class Demo:
         output = result.stdout + result.stderr
         if result.returncode or "Pattern verification failed" in output:
             raise DemoError(f"{command[0]} {command[1]}: {output}")
+        said = [" ".join(line.split()) for line in output.splitlines()]
+        for line in saying:
+            if line not in said:
+                raise DemoError(f"{command[0]} {command[1]} does not say '{line}': {output}")
+            self.screen.say(f"   {line}", "faint")
         self.screen.good(" ".join(command[:2]).replace(" --object", ""))
 
     def _check(self, holds: bool, promise: str) -> None:

@@ -82,6 +82,10 @@ The process:
   --cipher-processes N     processes that cipher long requests beside the
                            daemon: a number, or auto (default) for one less
                            than there are processors, and at most 4
+  --pbkdf-memory-max SIZE  memory that deriving keys from passphrases may take
+                           at a time, such as 512M: LUKS2 headers that want
+                           more are refused (default: half of the machine's,
+                           and at most 4G)
   --log LEVEL              error, warning (default), info or debug
   --loop LOOP              auto (default), uvloop or asyncio
   -T, --trace VALUE        accepted; there are no trace events
@@ -169,12 +173,15 @@ class Settings:
     log_level: str = "warning"
     loop: str = "auto"
     cipher_processes: int | None = None
+    pbkdf_memory: int | None = None
     daemonize: bool = False
 
 
 _LOG_LEVELS: Final = ("error", "warning", "info", "debug")
 _MOST_PROCESSES: Final = 64
 _LOOPS: Final = ("auto", "uvloop", "asyncio")
+#: The least that argon2 takes in a header of cryptsetup's, in KiB.
+_LEAST_PBKDF_MEMORY: Final = 32
 
 
 def _settings(found: Sequence[Option]) -> Settings:
@@ -192,6 +199,8 @@ def _settings(found: Sequence[Option]) -> Settings:
                     settings.loop = _one_of(_LOOPS, option.value)
                 case "cipher-processes":
                     settings.cipher_processes = _number_or_auto(option.value)
+                case "pbkdf-memory-max":
+                    settings.pbkdf_memory = _kibibytes(option.value)
     return settings
 
 
@@ -201,6 +210,18 @@ def _number_or_auto(value: str) -> int | None:
     if not (value.isdecimal() and value.isascii() and int(value) <= _MOST_PROCESSES):
         raise Error(f"'{value}' is neither auto nor a number up to {_MOST_PROCESSES}")
     return int(value)
+
+
+def _kibibytes(value: str) -> int:
+    """Return a size as whole KiB, as many as it has."""
+    from qmpd.qapi.keyval import read_size  # a daemon is to be started: see the head of this file
+
+    size = read_size(value)
+    if size is None:
+        raise Error(f"'{value}' is no size such as 512M")
+    if size >> 10 < _LEAST_PBKDF_MEMORY:
+        raise Error(f"'{value}' is less than {_LEAST_PBKDF_MEMORY}K, with which no key can be derived")
+    return size >> 10
 
 
 def _one_of(choice: Sequence[str], value: str) -> str:
@@ -234,6 +255,7 @@ def _run_daemon(found: Sequence[Option]) -> int:
         log_level=settings.log_level,
         loop=settings.loop,
         cipher_processes=settings.cipher_processes,
+        pbkdf_memory=settings.pbkdf_memory,
         sockets=sockets,
         notifier=Notifier(os.environ),
         background=background,

@@ -96,6 +96,7 @@ OWN_OPTIONS: Final[Mapping[str, bool]] = {
     "device-exports": True,
     "log": True,
     "loop": True,
+    "pbkdf-memory-max": True,
     "qmp": True,
 }
 

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Final
 
 from qmpd.cli.daemonize import Daemonization, PidFile
@@ -37,6 +38,7 @@ def serve(
     log_level: str,
     loop: str,
     cipher_processes: int | None,
+    pbkdf_memory: int | None,
     sockets: Sequence[PassedSocket],
     notifier: Notifier,
     background: Daemonization | None,
@@ -49,6 +51,7 @@ def serve(
     :param loop: the event loop: auto, uvloop or asyncio.
     :param cipher_processes: how many processes cipher long requests beside this one; None for as
         many as suit the machine.
+    :param pbkdf_memory: what key derivations may take together, in KiB; None for what is usual.
     :param sockets: passed by systemd, to be served too.
     :param notifier: told when the daemon is ready and when it stops.
     :param background: completed when the daemon is ready; None in the foreground.
@@ -62,7 +65,8 @@ def serve(
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
         if cipher_processes is None:
             cipher_processes = min(_MOST_CIPHER_PROCESSES, len(os.sched_getaffinity(0)) - 1)
-        runner.run(_live(found, pid_file, cipher_processes, sockets, notifier, background))
+        make_daemon = partial(Daemon, cipher_processes=cipher_processes, pbkdf_memory=pbkdf_memory)
+        runner.run(_live(found, make_daemon, pid_file, sockets, notifier, background))
 
 
 def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -84,14 +88,14 @@ def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 async def _live(
     found: Sequence[Option],
+    make_daemon: Callable[[], Daemon],
     pid_path: str | None,
-    cipher_processes: int,
     sockets: Sequence[PassedSocket],
     notifier: Notifier,
     background: Daemonization | None,
 ) -> None:
     asyncio.get_running_loop().set_exception_handler(_log_fault)
-    daemon = Daemon(cipher_processes=cipher_processes)
+    daemon = make_daemon()
     if not daemon.locks_keys:
         _logger.info("keys are not locked in memory: the system does not allow it (RLIMIT_MEMLOCK)")
     ending = _Ending(daemon)

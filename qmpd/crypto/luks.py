@@ -12,12 +12,23 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Self
 
-from qmpd.crypto import luks1, luks1_keyslots, luks2, luks2_binary, luks2_kdf, luks2_keyslots
+from qmpd.crypto import (
+    luks1,
+    luks1_backup,
+    luks1_keyslots,
+    luks2,
+    luks2_backup,
+    luks2_binary,
+    luks2_kdf,
+    luks2_keyslots,
+)
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.luks1 import HEAD_BYTES
+from qmpd.crypto.luks2_binary import BINARY_BYTES
 from qmpd.crypto.luks2_kdf import Kdf
 from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory
 from qmpd.crypto.plan import Plan, Write
@@ -29,6 +40,12 @@ Random = Callable[[int], bytes]
 
 #: Offset and length, in bytes from the beginning of the header's area.
 Extent = tuple[int, int]
+
+#: Headers of both versions begin so; the second begins its second copy otherwise.
+_MAGICS: Final = (luks2_binary.MAGIC, luks2_binary.SECONDARY_MAGIC)
+
+#: More than this of a volume no header's beginning takes.
+MOST_BEGINNING_BYTES: Final = 2 * luks2_binary.SIZES[-1]
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,11 @@ class LuksHeader(ABC):
     @property
     def tried_slots(self) -> list[int]:
         """Those that a passphrase is tried on, in this order."""
+        return self.active_slots
+
+    @property
+    def listed_slots(self) -> list[int]:
+        """Those that are told of whoever looks at the header."""
         return self.active_slots
 
     @abstractmethod
@@ -184,6 +206,63 @@ class LuksHeader(ABC):
     def erasing(self, slots: Sequence[int], random: Random = os.urandom) -> tuple[Self, Plan]:
         """Take the keys out of slots; returns as :meth:`activating`."""
 
+    @property
+    @abstractmethod
+    def digest_derivation(self) -> Kdf:
+        """How the digest is derived that says whether a key is the volume key."""
+
+    @abstractmethod
+    def derived_bytes(self, slot: int | None) -> int:
+        """How many bytes are derived for a slot in use, or with None for the digest."""
+
+    # -- backups
+
+    @property
+    @abstractmethod
+    def beginning_bytes(self) -> int:
+        """How much of the header's volume says something, other than key material."""
+
+    @abstractmethod
+    def is_foreign(self, beginning: Buffer) -> bool:
+        """Whether what can't be read is not this header, damaged, but that of another volume."""
+
+    @abstractmethod
+    def says_as(self, other: LuksHeader) -> bool:
+        """Whether both say the same, wherever it is written."""
+
+    @abstractmethod
+    def difference(self, other: LuksHeader) -> str | None:
+        """What keeps two headers from being of one volume with keyslots in one area, or None."""
+
+    @abstractmethod
+    def backup_image(self, beginning: Buffer, random: Random = os.urandom) -> bytes:
+        """What a backup begins with.
+
+        :param beginning: the first :attr:`beginning_bytes` bytes of the volume with this header.
+        """
+
+    @abstractmethod
+    def restoring(
+        self,
+        there: Mapping[int, bytes],
+        backup: LuksHeader,
+        materials: Mapping[int, bytes],
+        random: Random = os.urandom,
+    ) -> tuple[LuksHeader, Plan]:
+        """Make this header's slots those of a backup.
+
+        :param there: the key material of the slots in use, by slot number; `materials` is that of the backup.
+        :param backup: one without :meth:`difference`.
+        :returns: the header as it will be, and what to write.
+        :raise Error: there is no room to do it safely.
+        """
+
+    @abstractmethod
+    def rewriting(
+        self, backup: LuksHeader, materials: Mapping[int, bytes], random: Random = os.urandom
+    ) -> tuple[LuksHeader, Plan]:
+        """Put a backup where this header was and can't be read any more; otherwise as :meth:`restoring`."""
+
     def free_slot(self) -> int | None:
         """The first slot that is not in use, if there is one."""
         active = self.active_slots
@@ -218,6 +297,11 @@ class Luks1(LuksHeader):
     def active_slots(self) -> list[int]:
         """The numbers of the slots in use."""
         return self.header.active_slots
+
+    @property
+    def listed_slots(self) -> list[int]:
+        """All of them, for the header has them all."""
+        return list(range(self.slot_count))
 
     def material_extent(self, slot: int) -> Extent:
         """Where the key material of a slot is, in use or not."""
@@ -288,6 +372,62 @@ class Luks1(LuksHeader):
         header, plan = luks1_keyslots.erase_plan(self.header, self.sectors, slots, random)
         return self.after(plan, header), plan
 
+    @property
+    def digest_derivation(self) -> Kdf:
+        """PBKDF2."""
+        said = self.header
+        return Kdf("pbkdf2", said.digest_salt, said.digest_iterations, said.hash_name)
+
+    def derived_bytes(self, slot: int | None) -> int:
+        """As many as the volume key has."""
+        return len(self.header.digest) if slot is None else self.key_bytes
+
+    @property
+    def beginning_bytes(self) -> int:
+        """Two sectors."""
+        return luks1_keyslots.HEADER_SECTORS_BYTES
+
+    def is_foreign(self, beginning: Buffer) -> bool:
+        """Whether another header begins here."""
+        raw = bytes(beginning[:HEAD_BYTES])
+        return raw.startswith(_MAGICS) and raw != self.header.pack()[:HEAD_BYTES]
+
+    def says_as(self, other: LuksHeader) -> bool:
+        """Whether both say the same."""
+        return isinstance(other, Luks1) and other.header == self.header
+
+    def difference(self, other: LuksHeader) -> str | None:
+        """What keeps two headers from being of one volume, or None."""
+        return luks1_backup.difference(self.header, other.header) if isinstance(other, Luks1) else "version"
+
+    def backup_image(self, beginning: Buffer, random: Random = os.urandom) -> bytes:
+        """The header, and zeroes behind it."""
+        return luks1_backup.backup_image(beginning)
+
+    def restoring(
+        self,
+        there: Mapping[int, bytes],
+        backup: LuksHeader,
+        materials: Mapping[int, bytes],
+        random: Random = os.urandom,
+    ) -> tuple[Luks1, Plan]:
+        """Make the slots those of a backup, one by one."""
+        assert isinstance(backup, Luks1), "headers without a difference have one version"
+        header, plan = luks1_backup.restore_plan(
+            self.header, self.sectors, there, backup.header, backup.sectors, materials, random
+        )
+        return self.after(plan, header), plan
+
+    def rewriting(
+        self, backup: LuksHeader, materials: Mapping[int, bytes], random: Random = os.urandom
+    ) -> tuple[Luks1, Plan]:
+        """Put a backup where this header was."""
+        assert isinstance(backup, Luks1), "headers without a difference have one version"
+        header, plan = luks1_backup.rewrite_plan(
+            self.header, backup.header, backup.sectors, materials, random
+        )
+        return self.after(plan, header), plan
+
     def after(self, plan: Plan, header: luks1.Header) -> Luks1:
         """What is there when a plan has been carried out that makes this header of it."""
         sectors = bytearray(self.sectors)
@@ -339,9 +479,7 @@ class Luks2(LuksHeader):
     def material_extent(self, slot: int) -> Extent:
         """Where the key material of a slot is."""
         area = self.header.metadata["keyslots"][str(slot)]["area"]
-        keyslot = self.header.keyslots.get(slot)
-        # An area may be much larger than what lies in it.
-        return int(area["offset"]), int(area["size"]) if keyslot is None else keyslot.material_bytes
+        return int(area["offset"]), int(area["size"])
 
     @property
     def segments(self) -> tuple[PayloadSegment, ...]:
@@ -421,6 +559,60 @@ class Luks2(LuksHeader):
         header, plan = luks2_keyslots.erase_plan(self.header, there, random)
         return Luks2(header), plan
 
+    @property
+    def digest_derivation(self) -> Kdf:
+        """PBKDF2."""
+        digest = self.header.volume_digest
+        return Kdf("pbkdf2", digest.salt, digest.iterations, digest.hash_name)
+
+    def derived_bytes(self, slot: int | None) -> int:
+        """As many as the cipher of the slot's area wants."""
+        return len(self.header.volume_digest.digest) if slot is None else self._keyslot(slot).area.key_bytes
+
+    @property
+    def beginning_bytes(self) -> int:
+        """Both copies."""
+        return self.header.keyslots_offset
+
+    def is_foreign(self, beginning: Buffer) -> bool:
+        """Whether a header with another UUID begins here."""
+        raw = bytes(beginning[:BINARY_BYTES])
+        return raw.startswith(_MAGICS) and luks2_binary.claimed_uuid(raw) != self.uuid
+
+    def says_as(self, other: LuksHeader) -> bool:
+        """Whether both say the same; a damaged copy says nothing."""
+        return isinstance(other, Luks2) and other.header == self.header
+
+    def difference(self, other: LuksHeader) -> str | None:
+        """What keeps two headers from being of one volume, or None."""
+        return luks2_backup.difference(self.header, other.header) if isinstance(other, Luks2) else "version"
+
+    def backup_image(self, beginning: Buffer, random: Random = os.urandom) -> bytes:
+        """Both copies as they are; if one is damaged, two good ones."""
+        if self.damaged:
+            return luks2_backup.two_copies(self.header, random)
+        return bytes(beginning[: self.beginning_bytes])
+
+    def restoring(
+        self,
+        there: Mapping[int, bytes],
+        backup: LuksHeader,
+        materials: Mapping[int, bytes],
+        random: Random = os.urandom,
+    ) -> tuple[Luks2, Plan]:
+        """Make the metadata those of a backup, with the keys in areas that were free."""
+        assert isinstance(backup, Luks2), "headers without a difference have one version"
+        header, plan = luks2_backup.restore_plan(self.header, there, backup.header, materials, random)
+        return Luks2(header), plan
+
+    def rewriting(
+        self, backup: LuksHeader, materials: Mapping[int, bytes], random: Random = os.urandom
+    ) -> tuple[Luks2, Plan]:
+        """Put a backup where this header was."""
+        assert isinstance(backup, Luks2), "headers without a difference have one version"
+        header, plan = luks2_backup.rewrite_plan(self.header, backup.header, materials, random)
+        return Luks2(header), plan
+
 
 def calibrating_version_2(choice: KdfChoice, hash_name: str) -> Steps[Kdf]:
     """The costs of a derivation for LUKS2, in steps.
@@ -462,12 +654,13 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
     copies: list[luks2_binary.Copy | None] = []
     damaged: list[str] = []
     size = luks2_binary.claimed_size(beginning, 0)
-    places = (size,) if size is not None else luks2_binary.SIZES
     if size is None:
         copies.append(None)
         damaged.append("There is no primary LUKS2 header")
     else:
         copies.append(_copy((yield 0, size), 0, damaged))
+    # A damaged primary header may be wrong about the place of the other one, too.
+    places = luks2_binary.SIZES if size is None or copies[0] is None else (size,)
     found = None
     for offset in places:
         claimed = luks2_binary.claimed_size((yield offset, 16), offset)
@@ -489,7 +682,26 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
             damaged.append(f"The {older} LUKS2 header is of an earlier change")
         elif (copies[0].header, copies[0].json) != (found.header, found.json):
             damaged.append("The secondary LUKS2 header differs from the primary one, which counts")
-    return Luks2(luks2.Header.parse(chosen), tuple(damaged))
+    header2 = luks2.Header.parse(chosen)
+    if not detached and header2.segments[0].offset < header2.keyslots_offset + header2.keyslots_bytes:
+        raise Error("LUKS payload is overlapping with the header")
+    return Luks2(header2, tuple(damaged))
+
+
+def parse(data: Buffer, *, detached: bool = False) -> LuksHeader:
+    """Read the header at the beginning of `data`; what lies behind its end counts as zeroes.
+
+    :param detached: as of :func:`reading`.
+    :raise Error: what is wrong.
+    """
+    reader = reading(detached=detached)
+    offset, length = next(reader)
+    while True:
+        try:
+            offset, length = reader.send(bytes(data[offset : offset + length]).ljust(length, b"\0"))
+        except StopIteration as end:
+            header: LuksHeader = end.value
+            return header
 
 
 def _copy(data: Buffer, offset: int, damaged: list[str]) -> luks2_binary.Copy | None:

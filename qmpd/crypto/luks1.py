@@ -57,7 +57,6 @@ import uuid as uuids
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Final
 
 from qmpd.crypto import antiforensic, kdf
@@ -79,7 +78,6 @@ __all__ = [
     "STRIPES",
     "Header",
     "Keyslot",
-    "VolumeKey",
     "checking_digest",
     "format_plan",
     "formatting",
@@ -315,49 +313,6 @@ def _parse_slots(raw: bytes, key_bytes: int, payload_offset: int | None) -> tupl
     )
 
 
-class VolumeKey:
-    """A volume key, and the duty to wipe it: a context manager that wipes on the way out.
-
-    :param key: the bytes.  A buffer of key memory is taken over, and wiped later; anything else is copied.
-    """
-
-    __slots__ = ("_bytes",)
-
-    def __init__(self, key: KeyBuffer | Buffer) -> None:
-        self._bytes = key if isinstance(key, KeyBuffer) else KeyMemory().copy_of(key)
-
-    @property
-    def data(self) -> memoryview:
-        """The key, not to be kept: it becomes zeros."""
-        return self._bytes.data.toreadonly()
-
-    @property
-    def locked(self) -> bool:
-        """Whether it is locked in memory."""
-        return self._bytes.locked
-
-    def __len__(self) -> int:
-        return len(self._bytes)
-
-    def __repr__(self) -> str:
-        return f"<VolumeKey of {len(self._bytes)} bytes>"
-
-    def wipe(self) -> None:
-        """Overwrite the key with zeros.  May be called again."""
-        self._bytes.wipe()
-
-    def __enter__(self) -> VolumeKey:
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.wipe()
-
-
 def unlock_slot(
     header: Header,
     slot: int,
@@ -498,7 +453,7 @@ def format_plan(
     detached: bool = False,
     uuid: str | None = None,
     random: Callable[[int], bytes] = os.urandom,
-) -> tuple[Header, VolumeKey, Plan]:
+) -> tuple[Header, KeyBuffer, Plan]:
     """Make a volume key and a header with `password` in slot 0 (specification, section 4.1).
 
     The first write takes away whatever header was there, and the last one
@@ -540,7 +495,7 @@ def formatting(
     detached: bool = False,
     uuid: str | None = None,
     random: Callable[[int], bytes] = os.urandom,
-) -> Steps[tuple[Header, VolumeKey, Plan]]:
+) -> Steps[tuple[Header, KeyBuffer, Plan]]:
     """:func:`format_plan` in steps."""
     blank = new_header(spec, hash_name, detached=detached, uuid=uuid)
     key = random_key(spec.key_bytes, random)
@@ -565,7 +520,7 @@ def formatting(
         Write(0, header.pack().ljust(area, b"\0")),
         Barrier(),
     ]
-    return header, VolumeKey(key), plan
+    return header, key, plan
 
 
 def sealing(

@@ -18,7 +18,6 @@ Source: LUKS On-Disk Format Specification 1.2.3, section 3.
 
 from __future__ import annotations
 
-import enum
 import os
 from collections.abc import Mapping
 from typing import Final
@@ -27,10 +26,6 @@ from qmpd.crypto.luks1 import HEAD_BYTES, HEADER_BYTES, SECTOR, Header
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, Image, Random, free_slot
 from qmpd.crypto.memory import Buffer
 from qmpd.crypto.plan import Barrier, Plan, Write
-from qmpd.errors import Error
-
-#: Both versions of LUKS begin a header so; the second begins its second copy otherwise.
-_MAGICS: Final = (b"LUKS\xba\xbe", b"SKUL\xba\xbe")
 
 #: Members of a header, and what they are called in a refusal.
 _IDENTITY: Final[Mapping[str, str]] = {
@@ -45,19 +40,6 @@ _IDENTITY: Final[Mapping[str, str]] = {
 }
 
 
-class HeaderState(enum.StrEnum):
-    """What lies where a header was read; the values are QAPI's."""
-
-    #: The header as it is known.
-    UNCHANGED = "unchanged"
-    #: A header of the same volume with other slots or another UUID.
-    CHANGED = "changed"
-    #: A header of another volume.
-    OTHER = "other"
-    #: No header, or one of this volume that can't be read.
-    DAMAGED = "damaged"
-
-
 def difference(known: Header, header: Header) -> str | None:
     """What keeps two headers from being of one volume, or None."""
     for member, what in _IDENTITY.items():
@@ -65,25 +47,6 @@ def difference(known: Header, header: Header) -> str | None:
             return what
     places = [slot.key_offset for slot in known.slots]
     return None if places == [slot.key_offset for slot in header.slots] else "place of the keyslots"
-
-
-def state_of(sectors: Buffer, known: Header, *, detached: bool) -> tuple[HeaderState, Header | None]:
-    """Say what lies where `known` was.
-
-    :param sectors: the first :data:`HEADER_SECTORS_BYTES` bytes of the header's volume.
-    :param detached: as of :meth:`Header.parse`.
-    :returns: the header as well, if it is one of the same volume.
-    """
-    raw = bytes(sectors)
-    try:
-        header = Header.parse(raw, detached=detached)
-    except Error:
-        ours = raw[:HEAD_BYTES] == known.pack()[:HEAD_BYTES]
-        foreign = raw.startswith(_MAGICS) and not ours
-        return (HeaderState.OTHER if foreign else HeaderState.DAMAGED), None
-    if difference(known, header) is not None:
-        return HeaderState.OTHER, None
-    return (HeaderState.UNCHANGED if header == known else HeaderState.CHANGED), header
 
 
 def backup_image(sectors: Buffer) -> bytes:

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 import orjson
 
-from qmpd.crypto import antiforensic, digests, kdf
+from qmpd.crypto import antiforensic, kdf
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks2_binary import BinaryHeader, Copy
 from qmpd.crypto.luks2_kdf import Kdf
@@ -54,6 +54,9 @@ MAX_CONTAINERS: Final = 1 << 14
 #: The longest key, in bytes (cryptsetup's bound).
 MAX_KEY_BYTES: Final = 512
 
+#: The shortest digest: that of the shortest hash.  That of a LUKS1 header has 20 bytes, whatever the hash.
+MIN_DIGEST_BYTES: Final = 16
+
 #: The largest keyslots area, in bytes (cryptsetup's bound).
 MAX_KEYSLOTS_BYTES: Final = 128 << 20
 
@@ -68,7 +71,6 @@ _REQUIREMENTS: Final[Mapping[str, str]] = {
 Random = Callable[[int], bytes]
 
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,19}")
-_MAX_NUMBER: Final = (1 << 64) - 1
 _MAX_OFFSET: Final = (1 << 63) - 1
 
 #: Costs are looked at when it comes to derive a key, so that a slot that costs too much keeps no other one
@@ -194,7 +196,7 @@ class Header:
     :param keyslots: those of a known kind, by number.
     :param digests: by number.
     :param segments: in the order in which they make the payload.
-    :param offset: where the copy is that counts, in bytes; 0 for the primary one.
+    :param offset: where the copy is that counts, in bytes, 0 for the primary one; not what it says.
     """
 
     binary: BinaryHeader
@@ -202,7 +204,7 @@ class Header:
     keyslots: Mapping[int, Keyslot]
     digests: Mapping[int, Digest]
     segments: tuple[Segment, ...]
-    offset: int = 0
+    offset: int = field(default=0, compare=False)
 
     @classmethod
     def parse(cls, copy: Copy) -> Header:
@@ -236,6 +238,24 @@ class Header:
         return lengths.pop()
 
     @property
+    def tokens(self) -> list[tuple[int, str, frozenset[int]]]:
+        """Number and type of each token, and the slots whose passphrases it is for, as far as they are said.
+
+        Nobody has looked at tokens when the metadata was read, for they concern nobody here.
+        """
+        found = []
+        for name, token in self.metadata["tokens"].items():
+            if isinstance(token, dict) and _DECIMAL.fullmatch(name):
+                kind, slots = token.get("type"), token.get("keyslots")
+                known = frozenset(
+                    int(slot)
+                    for slot in (slots if isinstance(slots, list) else ())
+                    if isinstance(slot, str) and _DECIMAL.fullmatch(slot)
+                )
+                found.append((int(name), kind if isinstance(kind, str) else "", known))
+        return sorted(found, key=lambda token: token[0])
+
+    @property
     def volume_digest(self) -> Digest:
         """The digest of the volume key."""
         return next(digest for digest in self.digests.values() if digest.segments)
@@ -265,7 +285,8 @@ class Header:
             raise Error("Could not refresh total sector count: Input/output error")
         if last.size is not None:
             return before
-        return before + (volume_bytes - last.offset) // last.sector_size * last.sector_size
+        largest = max(segment.sector_size for segment in self.segments)
+        return before + (volume_bytes - last.offset) // largest * largest
 
 
 def unlocking(
@@ -523,8 +544,8 @@ def _digest(
     if member["type"].text() != "pbkdf2":
         return None
     hash_name, value = member["hash"].text(), member["digest"].base64(512)
-    if hash_name in digests.HASHES and len(value) != digests.HASHES[hash_name].digest_size:
-        raise member["digest"].refuse(f"has not the length of a {hash_name}")
+    if len(value) < MIN_DIGEST_BYTES:
+        raise member["digest"].refuse("is too short to know a key by")
     return Digest(
         number=number,
         hash_name=hash_name,
@@ -555,20 +576,31 @@ def _segments(member: _Member) -> Iterator[Segment]:
             raise segment.refuse("does not consist of whole sectors")
         if length is not None and offset + length > _MAX_OFFSET:
             raise segment.refuse("ends where nothing can be")
+        # With a smaller bound than the format has no sector's number goes beyond 64 bits.
+        tweak = segment["iv_tweak"].decimal()
+        if tweak % (sector_size // SECTOR):
+            raise segment["iv_tweak"].refuse(f"is within a sector of {sector_size} bytes")
         yield Segment(
             number,
             offset,
             length,
-            segment["iv_tweak"].decimal(_MAX_NUMBER),
+            tweak,
             segment["encryption"].text(),
             sector_size,
         )
 
 
 def _check_segments(segments: list[Segment], digests_: Mapping[int, Digest]) -> None:
-    """See that the segments follow one another, and that one key is for all of them."""
+    """See that the segments follow one another in whole sectors, and that one key is for all of them."""
     if not segments:
         raise Error("LUKS2 metadata: there is no segment")
+    # As the disk shows sectors of one size, the others' have to lie in them.
+    largest = max(segment.sector_size for segment in segments)
+    for segment in segments:
+        if (segment.size or 0) % largest:
+            raise Error(
+                f"LUKS2 metadata: segment {segment.number} does not consist of sectors of {largest} bytes"
+            )
     for segment, following in pairwise(segments):
         if segment.size is None or following.offset != segment.offset + segment.size:
             raise Error(

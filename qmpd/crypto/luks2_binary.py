@@ -134,6 +134,15 @@ def claimed_size(beginning: Buffer, offset: int) -> int | None:
     return int(size)
 
 
+def claimed_uuid(beginning: Buffer) -> str:
+    """The UUID of a binary header, of which nothing else is believed; version 1 has it in the same place.
+
+    :param beginning: at least the first :data:`BINARY_BYTES` bytes, or all that there are.
+    """
+    raw: bytes = _BINARY.unpack_from(bytes(beginning[: _BINARY.size]).ljust(_BINARY.size, b"\0"))[7]
+    return raw.partition(b"\0")[0].decode(errors="surrogateescape")
+
+
 def parse_copy(data: Buffer, offset: int) -> Copy:
     """Read a copy, and see that it is whole.
 

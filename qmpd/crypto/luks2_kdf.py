@@ -62,6 +62,10 @@ _LEAST_CALIBRATED: Final = 1 << 16
 #: A measurement shorter than this, in seconds, is taken twice.
 _MEASURED_SECONDS: Final = 0.25
 
+#: The memory of a derivation that is only there to be measured, in KiB, and how often it is done.
+_TRIAL_MEMORY: Final = 1 << 16
+_MEASUREMENTS: Final = 3
+
 
 @dataclass(frozen=True)
 class Kdf:
@@ -85,6 +89,11 @@ class Kdf:
     def memory_bytes(self) -> int:
         """What a derivation takes."""
         return self.memory << 10
+
+    @property
+    def work(self) -> int:
+        """What the time grows with: iterations of PBKDF2, or KiB that argon2's passes go over."""
+        return self.iterations * max(1, self.memory)
 
     def check(self) -> None:
         """Refuse costs that nobody can want.
@@ -178,13 +187,36 @@ def calibrating(
     return chosen
 
 
+def trial(derivation: Kdf, limit: int) -> Kdf:
+    """A derivation that says how long another one takes, in a short time.
+
+    :param limit: the most memory that it may have, in KiB.
+    """
+    if derivation.kind == "pbkdf2":
+        return replace(derivation, salt=_TRIAL_SALT)
+    memory = max(8 * derivation.cpus, min(derivation.memory, limit, _TRIAL_MEMORY))
+    return replace(derivation, salt=_TRIAL_SALT, memory=memory, iterations=1)
+
+
+def measuring(trial: Kdf, key_bytes: int) -> Steps[float]:
+    """How much of argon2's :attr:`Kdf.work` takes a millisecond here, in steps.
+
+    Of several measurements the fastest counts, because whatever disturbs one only slows it.
+    """
+    seconds = []
+    for _ in range(_MEASUREMENTS):
+        yield
+        seconds.append(_seconds(trial, key_bytes))
+    return trial.work / min(seconds) / 1000
+
+
 def _seconds(trial: Kdf, key_bytes: int) -> float:
     """How long a derivation takes while the machine does nothing else: a busy one makes no weaker keys.
 
     Of time that passes and the processors' time, divided among them, the shorter one counts: the one contains
     what other processes do, the other what other threads do.
     """
-    threads = min(trial.cpus, len(os.sched_getaffinity(0)))
+    threads = max(1, min(trial.cpus, len(os.sched_getaffinity(0))))
     derived = memoryview(bytearray(key_bytes))
     shortest = float("inf")
     for _ in range(2):

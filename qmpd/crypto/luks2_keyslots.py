@@ -28,7 +28,7 @@ import base64
 import copy
 import os
 import uuid as uuids
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -93,12 +93,14 @@ def activating(
         described = replace(described, area=replace(described.area, offset=offset))
         material = yield from sealing(described, key, password, random)
         plan += [Write(offset, material), Barrier()]
-        metadata = _without(header.metadata, [])
+        metadata = without(header.metadata, [])
         metadata["keyslots"][str(number)] = _as_json(described)
-        digest = metadata["digests"][str(header.volume_digest.number)]
-        if str(number) not in digest["keyslots"]:
-            digest["keyslots"].append(str(number))
-        header, steps = _commit(header, metadata, random)
+        volume_digest = str(header.volume_digest.number)
+        if number not in header.volume_digest.keyslots:
+            # What the slot had may have been another key than the volume's.
+            _unassign(metadata, {str(number)})
+            metadata["digests"][volume_digest]["keyslots"].append(str(number))
+        header, steps = commit(header, metadata, random)
         plan += steps
         if old is not None:
             plan += [Write(int(old["area"]["offset"]), random(int(old["area"]["size"]))), Barrier()]
@@ -115,25 +117,40 @@ def _forget(header: Header, slots: Sequence[int], random: Random) -> tuple[Heade
     for number in slots:
         area = header.metadata["keyslots"][str(number)]["area"]
         plan.append(Write(int(area["offset"]), random(int(area["size"]))))
-    header, steps = _commit(header, _without(header.metadata, slots), random)
+    header, steps = commit(header, without(header.metadata, slots), random)
     return header, [*plan, Barrier(), *steps]
 
 
-def _without(metadata: Metadata, slots: Sequence[int]) -> Metadata:
+def without(metadata: Metadata, slots: Iterable[int]) -> Metadata:
     """A copy of the metadata in which nothing names these slots any more."""
     changed = copy.deepcopy(metadata)
     names = {str(number) for number in slots}
     for name in names:
         del changed["keyslots"][name]
-    for kind in ("digests", "tokens"):
-        for member in changed[kind].values():
-            if isinstance(member, dict) and isinstance(member.get("keyslots"), list):
-                member["keyslots"] = [name for name in member["keyslots"] if name not in names]
+    for token in changed["tokens"].values():
+        if isinstance(token, dict) and isinstance(token.get("keyslots"), list):
+            token["keyslots"] = [name for name in token["keyslots"] if name not in names]
+    _unassign(changed, names)
     return changed
 
 
-def _commit(header: Header, metadata: Metadata, random: Random) -> tuple[Header, Plan]:
-    """Write other metadata: to the copy that does not count, and when that is whole to the other one."""
+def _unassign(metadata: Metadata, names: Set[str]) -> None:
+    """Take slots out of the digests, and a digest away that is of no more use (as cryptsetup does it)."""
+    for number, digest in list(metadata["digests"].items()):
+        left = [name for name in digest["keyslots"] if name not in names]
+        if left or digest["segments"] or left == digest["keyslots"]:
+            digest["keyslots"] = left
+        else:
+            del metadata["digests"][number]
+
+
+def commit(header: Header, metadata: Metadata, random: Random) -> tuple[Header, Plan]:
+    """Write other metadata: to the copy that does not count, and when that is whole to the other one.
+
+    :param header: what is there; its binary header says all but the sequence number.
+    :returns: the header as it will be, and what to write.
+    :raise Error: there is no room for it.
+    """
     binary = header.binary.next()
     text = orjson.dumps(metadata)
     changed = parse_metadata(binary, text)

@@ -7,8 +7,11 @@ sectors, and numpy does what lies between:
 XTS (IEEE 1619-2018, section 5.3).  One ECB call turns the IVs of all sectors
 into their first tweaks.  The tweak of block j is the first one times x^j in
 GF(2^128), which for j < 57 is a shift by j bits whose overflow is folded back
-by x^128 = x^7 + x^2 + x + 1; so the 32 tweaks of every sector come out of a
-dozen array operations, whatever the number of sectors.
+by x^128 = x^7 + x^2 + x + 1; so 32 tweaks in a row come out of a dozen array
+operations, whatever the number of rows.  A sector of 512 bytes is one such
+row, a larger one several: their first tweaks are the sector's times x^32, x^64
+and so on, which moves its words of 32 bits and folds back the words that come
+out at the top.  That is done for many rows before the tweaks of any are made.
 
 CBC.  Decryption is ECB and an XOR with the ciphertext moved by one block.
 Encryption is a chain in each sector, but the sectors are independent: step k
@@ -45,18 +48,22 @@ SECTOR: Final = 512
 
 _BLOCK: Final = 16
 _ZERO_IV: Final = bytes(_BLOCK)
-#: Bytes worked on at once: few enough that what belongs to a tile stays in the processor's
-#: second-level cache, and for CBC enough sectors to make a step worth its call.
-_XTS_TILE: Final = 64 << 10
-_CBC_TILE: Final = 256 << 10
+#: Bytes worked on at once: for CBC enough sectors to make a step worth its call, and for XTS
+#: enough of them to find their rows' first tweaks with few calls.
+_TILE: Final = 256 << 10
+#: What XTS then does at once: so little that all of it stays in the processor's second-level cache.
+_XTS_PIECE: Final = 64 << 10
 #: Scratch memory is kept for the next request of as many sectors, for this many sectors in all.
 _KEPT_SECTORS: Final = 2048
 #: Tweaks made by one multiplication: the blocks of a 512-byte sector.
 _RUN: Final = SECTOR // _BLOCK
 #: `cryptography` wants this many bytes more than it writes.
 _SLACK: Final = _BLOCK
-#: From this many sectors on, CBC encryption goes across them.
-_ACROSS: Final = 48
+#: Up to this many sectors' rows begin with what Python's own numbers say, which is quicker for a few.
+_FEW: Final = 2
+#: From this many sectors on for every 16 bytes of one, CBC encryption goes across them: that has a step
+#: for each block, whose calls have to be worth it.
+_ACROSS: Final = 1.5
 
 _SECTOR_WORDS: Final = SECTOR // 8
 
@@ -67,6 +74,8 @@ _ONE: Final = np.uint64(1)
 _TWO: Final = np.uint64(2)
 _SEVEN: Final = np.uint64(7)
 _HALF: Final = np.uint64(32)
+#: The exponents of x^128 = x^7 + x^2 + x + 1, and those of its square.
+_FOLDS: Final = ((0, 1, 2, 7), (0, 2, 4, 14))
 
 
 def _frozen(array: Words) -> Words:
@@ -306,10 +315,10 @@ class SectorCipher:
         source = np.frombuffer(data, _WORD)
         target = np.frombuffer(into, _WORD)
         worker = self._worker()
-        words_in_tile = (_XTS_TILE if self.spec.mode == "xts" else _CBC_TILE) // 8
         words_in_sector = self.sector_size // 8
-        for start in range(0, source.size, words_in_tile):
-            stop = min(start + words_in_tile, source.size)
+        stop = 0
+        while stop < source.size:
+            start, stop = stop, stop + self._words_in_tile(source.size - stop)
             first, end = start // words_in_sector, stop // words_in_sector
             tile = worker.tiles.get(end - first) or self._make_tile(worker, end - first)
             if isinstance(numbers, int):
@@ -321,6 +330,12 @@ class SectorCipher:
         self._idle.append(worker)
         if self._closed.is_set():
             self._wipe_idle()
+
+    def _words_in_tile(self, left: int) -> int:
+        """How much of what is left is worked on at once: of XTS whole pieces, and then the rest."""
+        size = min(left, _TILE // 8)
+        piece = _XTS_PIECE // 8
+        return size - size % piece if self.spec.mode == "xts" and size > piece else size
 
     def _make_tile(self, worker: _Worker, sectors: int) -> _Tile:
         if worker.kept + sectors > _KEPT_SECTORS:
@@ -339,14 +354,95 @@ def _bytes(array: Words) -> Any:
     return array.data.cast("B")
 
 
-def _times_x32(tweaks: Words) -> Words:
-    """Return each tweak of an array (n, 2) times x^32."""
-    low, high = tweaks[:, 0], tweaks[:, 1]
-    over = high >> _HALF
-    product = np.empty_like(tweaks)
-    product[:, 0] = (low << _HALF) ^ over ^ (over << _ONE) ^ (over << _TWO) ^ (over << _SEVEN)
-    product[:, 1] = (high << _HALF) | (low >> _HALF)
-    return product
+def _times_x32(tweak: int) -> int:
+    """Return a tweak times x^32."""
+    over = tweak >> 96
+    return (tweak << 32) & _BLOCK_MASK ^ over ^ over << 1 ^ over << 2 ^ over << 7
+
+
+_BLOCK_MASK: Final = (1 << 8 * _BLOCK) - 1
+
+
+class _RowStarts:
+    """The first tweaks of the rows of sectors that have several.
+
+    A tweak is four words w0 ... w3 of 32 bits, its digits in powers of X = x^32.  Times X they all move
+    up by one, and the one at the top comes back in at the bottom times c = x^128 = X^4.  So the digits
+    of a sector's tweak times X^r, from the top down, are a window that begins at r in
+
+        w3 w2 w1 w0 cw3 cw2 cw1 cw0 c²w3 c²w2 c²w1
+
+    What of a digit has more than 32 bits belongs to the next one, and what of the one at the top has
+    more comes back in once more.
+
+    :param sectors: how many there are; `rows` of each.
+    """
+
+    def __init__(self, sectors: int, rows: int) -> None:
+        self._rows = rows
+        self._sectors = sectors
+        #: The digits above for each sector, with c²w0 behind, which is never in a window.
+        self._digits = np.empty((12, sectors), _WORD)
+        self._products = self._digits[4:].reshape(2, 4, sectors)
+        self._left = np.empty_like(self._digits)
+        self._right = np.empty_like(self._digits)
+        self._terms = np.empty((4, 2, 4, sectors), _WORD)
+        # As large as what is shifted: numpy is fastest where nothing has to be spread meanwhile.
+        shifts = np.array(_FOLDS, _WORD).T[:, :, None, None]
+        self._shifts = np.ascontiguousarray(np.broadcast_to(shifts, self._terms.shape))
+        self._over = np.empty((4, 4, sectors), _WORD)
+        self._over_shifts = np.ascontiguousarray(self._shifts[:, 0])
+        #: Both halves of the tweaks that are found.
+        self._halves = np.empty((2, rows, sectors), _WORD)
+
+    def find(self, firsts: Words) -> Words:
+        """Return the first tweaks of all rows from those of the sectors.
+
+        :param firsts: (sectors, 2).
+        :return: the low halves and the high ones: (2, sectors, rows).
+        """
+        if self._sectors <= _FEW:
+            self._find_each(firsts)
+        else:
+            self._find_all(firsts)
+        return self._halves.transpose(0, 2, 1)
+
+    def _find_each(self, firsts: Words) -> None:
+        starts = bytearray()
+        for sector in range(self._sectors):
+            tweak = int.from_bytes(firsts[sector].tobytes(), "little")
+            for _ in range(self._rows):
+                starts += tweak.to_bytes(_BLOCK, "little")
+                tweak = _times_x32(tweak)
+        found = np.frombuffer(starts, _WORD).reshape(self._sectors, self._rows, 2)
+        self._halves[...] = found.transpose(2, 1, 0)
+
+    def _find_all(self, firsts: Words) -> None:
+        digits, left, right, rows = self._digits, self._left, self._right, self._rows
+        digits[:4] = firsts.view("<u4").T[::-1]
+        terms = self._terms
+        terms[...] = digits[:4]
+        np.left_shift(terms, self._shifts, out=terms)
+        _sum_into(terms, self._products)
+        np.left_shift(digits, _HALF, out=left)
+        np.right_shift(digits, _HALF, out=right)
+        # Windows of each of the four digits.
+        low, high = self._halves
+        np.bitwise_xor(digits[3 : 3 + rows], left[2 : 2 + rows], out=low)
+        np.bitwise_xor(digits[1 : 1 + rows], left[:rows], out=high)
+        np.bitwise_xor(high, right[2 : 2 + rows], out=high)
+        if rows > 4:
+            over = self._over
+            over[...] = right[4:8]
+            np.left_shift(over, self._over_shifts, out=over)
+            _sum_into(over, right[4:8])
+            np.bitwise_xor(low[4:], right[4:8], out=low[4:])
+
+
+def _sum_into(terms: Words, into: Words) -> None:
+    """Add four terms in GF(2); they are overwritten."""
+    np.bitwise_xor(terms[:2], terms[2:], out=terms[:2])
+    np.bitwise_xor(terms[0], terms[1], out=into)
 
 
 class _Tile:
@@ -428,21 +524,26 @@ class _XtsTile(_Tile):
         secret_data: bool,
     ) -> None:
         super().__init__(contexts, sectors, blocks, iv_step, iv_mask, secret_data)
-        self._runs_in_sector = blocks // _RUN
-        runs = sectors * self._runs_in_sector
         self._first, self._first_space = self._cipher_space((sectors, 2))
-        self._starts = np.empty((sectors, self._runs_in_sector, 2), _WORD)
+        rows = blocks // _RUN
+        self._row_starts = _RowStarts(sectors, rows) if rows > 1 else None
+        # What follows is for a piece.
+        runs = min(sectors * rows, _XTS_PIECE // SECTOR)
+        self._sectors_in_piece = runs // rows
         self._forward = np.empty((2, runs, _RUN), _WORD)
         self._back = np.empty((2, runs, _RUN), _WORD)
         self._shifts = np.ascontiguousarray(np.broadcast_to(_SHIFTS, self._forward.shape))
         self._back_shifts = np.ascontiguousarray(np.broadcast_to(_BACK_SHIFTS, self._back.shape))
+        in_rows = (2, runs // rows, rows, _RUN)
+        self._forward_rows, self._back_rows = self._forward.reshape(in_rows), self._back.reshape(in_rows)
         self._shifted = np.empty((runs, _RUN), _WORD)
         powers = np.empty((runs, _RUN, 2), _WORD)
         self._low_powers, self._high_powers = powers[:, :, 0], powers[:, :, 1]
-        self._tweaks = powers.reshape(self.shape)
-        self._masked = np.empty(self.shape, _WORD)
+        piece = (runs // rows, blocks, 2)
+        self._tweaks = powers.reshape(piece)
+        self._masked = np.empty(piece, _WORD)
         self._masked_bytes = _bytes(self._masked)
-        self._result, self._result_space = self._cipher_space(self.shape)
+        self._result, self._result_space = self._cipher_space(piece)
 
     def encrypt(self, source: Words, target: Words) -> None:
         self._run(self._contexts.encrypt, source, target)
@@ -455,29 +556,36 @@ class _XtsTile(_Tile):
         self._result.fill(0)
 
     def _run(self, aes: CipherContext, source: Words, target: Words) -> None:
-        self._make_tweaks()
+        tweak = self._contexts.tweak
+        assert tweak is not None
+        tweak.update_into(self._make_ivs()[1], self._first_space)
+        rows = self._row_starts
+        halves = self._first.T[:, :, None] if rows is None else rows.find(self._first)
+        step = self._sectors_in_piece
+        if step == self.sectors:
+            self._run_piece(aes, halves, source, target)
+            return
+        for start in range(0, self.sectors, step):
+            piece = slice(start, start + step)
+            self._run_piece(aes, halves[:, piece], source[piece], target[piece])
+
+    def _run_piece(self, aes: CipherContext, halves: Words, source: Words, target: Words) -> None:
+        self._make_tweaks(halves)
         np.bitwise_xor(source, self._tweaks, out=self._masked)
         aes.update_into(self._masked_bytes, self._result_space)
         np.bitwise_xor(self._result, self._tweaks, out=target)
 
-    def _make_tweaks(self) -> None:
-        """Fill ``self._tweaks``."""
-        tweak = self._contexts.tweak
-        assert tweak is not None
-        tweak.update_into(self._make_ivs()[1], self._first_space)
-        powers_of_zero = self._first
-        if self._runs_in_sector > 1:
-            self._starts[:, 0] = self._first
-            for run in range(1, self._runs_in_sector):
-                self._starts[:, run] = _times_x32(self._starts[:, run - 1])
-            powers_of_zero = self._starts.reshape(-1, 2)
+    def _make_tweaks(self, halves: Words) -> None:
+        """Fill ``self._tweaks``.
+
+        :param halves: of the first tweak of each row: (2, sectors, rows).
+        """
         # Both halves of every tweak, moved left by 0 ... 31; and the other half moved right,
         # which is what comes over from the low half, or out at the top of the high half.
         # Spread first and shifted in place: numpy is fastest where everything is contiguous.
-        halves = powers_of_zero.T[:, :, None]
-        np.copyto(self._forward, halves)
+        np.copyto(self._forward_rows, halves[..., None])
         np.left_shift(self._forward, self._shifts, out=self._forward)
-        np.copyto(self._back, halves[::-1] >> _ONE)
+        np.copyto(self._back_rows, (halves[::-1] >> _ONE)[..., None])
         np.right_shift(self._back, self._back_shifts, out=self._back)
         low, high = self._forward
         over, carry = self._back
@@ -508,7 +616,7 @@ class _CbcTile(_Tile):
             plain.fill(0)
 
     def encrypt(self, source: Words, target: Words) -> None:
-        if self.sectors < _ACROSS:
+        if self.sectors < _ACROSS * self.shape[1]:
             self._encrypt_along(source, target)
         else:
             self._encrypt_across(source, target)

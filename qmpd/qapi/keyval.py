@@ -154,8 +154,11 @@ def _integer(text: str, type_: BuiltinType) -> int | None:
     return value if -(1 << 63) <= value <= widest else None
 
 
-def _size(text: str, type_: BuiltinType) -> int | None:
-    """Read bytes: decimal with a fraction and a suffix B, K, M, G, T, P or E, or 0x hexadecimal."""
+def read_size(text: str) -> int | None:
+    """Read bytes: decimal with a fraction and a suffix B, K, M, G, T, P or E, or 0x hexadecimal.
+
+    :return: None if it is no such thing, or has more than 64 bits.
+    """
     match = _SIZE.fullmatch(text) if len(text) <= _MOST_DIGITS else None
     if match is None:
         return None
@@ -173,6 +176,10 @@ def _size(text: str, type_: BuiltinType) -> int | None:
         scale = int("1" + "0" * len(digits))
         size = int(whole or "0") * unit + (2 * int(digits or "0") * unit + scale) // (2 * scale)
     return size if size < 1 << 64 else None
+
+
+def _size(text: str, type_: BuiltinType) -> int | None:
+    return read_size(text)
 
 
 def _number(text: str, type_: BuiltinType) -> int | float | None:

@@ -25,6 +25,13 @@ def test_every_program_unlocks_every_header() -> None:
         line.split("|")[1:-1] for line in ended.stdout.splitlines() if line.startswith("| unlocking, sha")
     ]
     assert len(rows) == 4
+    luks2 = [
+        line.split("|")[1:-1] for line in ended.stdout.splitlines() if line.startswith("| unlocking, LUKS2, ")
+    ]
+    # argon2id with one lane and, where there are several processors, with more; and pbkdf2.
+    assert len(luks2) in (2, 3)
+    for row in luks2:
+        assert all(figure.strip() for figure in (row[3], row[5])), row
     for row in rows:
         daemon, qemu_io, cryptsetup, _, ours = row[1:6]
         assert all(figure.strip() for figure in (daemon, qemu_io, cryptsetup, ours)), row

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qmpd.block import header_backup
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.luks import Luks1
 from qmpd.crypto.luks1 import HEADER_BYTES, Header, format_plan
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
 from qmpd.errors import Error
@@ -25,7 +26,9 @@ PACKED: Final = KNOWN.pack().ljust(HEADER_SECTORS_BYTES, b"\0")
 
 
 def parse(sectors: bytes, size: int = KNOWN.header_length()) -> Header:
-    return header_backup._parse_backup(sectors, KNOWN, size, detached=False)
+    header = header_backup._parse_backup(sectors, Luks1(KNOWN, PACKED), size, detached=False)
+    assert isinstance(header, Luks1)
+    return header.header
 
 
 @settings(max_examples=300)

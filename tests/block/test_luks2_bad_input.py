@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import luks2_volumes
+import luks2_areas
 import orjson
 import pytest
 from luks_volumes import carried_out, extent
@@ -34,8 +34,8 @@ def graph_with(limit: int = LIMIT) -> Graph:
 
 def volume(*costs: Kdf) -> bytes:
     """A volume that the passphrase "base" opens, by a slot of each of these costs."""
-    area = luks2_volumes.new_area(detached=False)
-    header = luks2_volumes.read(area, detached=False)
+    area = luks2_areas.new_area(detached=False)
+    header = luks2_areas.read(area, detached=False)
     key = run(header.unlocking(0, b"base", area[slice(*extent(header, 0))]))
     assert key is not None
     with key:
@@ -51,10 +51,10 @@ def argon2id(memory: int) -> Kdf:
 
 def with_costs(area: bytes, slot: int, **costs: object) -> bytes:
     """The same volume, with a slot that says other costs."""
-    header = luks2_volumes.read(area, detached=False).header
+    header = luks2_areas.read(area, detached=False).header
     metadata = copy.deepcopy(header.metadata)
     metadata["keyslots"][str(slot)]["kdf"] |= costs
-    return luks2_volumes.packed(header.binary, metadata) + area[2 * header.binary.size :]
+    return luks2_areas.packed(header.binary, metadata) + area[2 * header.binary.size :]
 
 
 def options(path: Path, name: str = "l") -> dict[str, Any]:
@@ -109,11 +109,11 @@ async def test_a_slot_that_costs_too_much_keeps_no_other_one_from_opening(
 
 async def test_a_digest_that_would_take_hours_is_refused(tmp_path: Path) -> None:
     area = volume(PBKDF2)
-    header = luks2_volumes.read(area, detached=False).header
+    header = luks2_areas.read(area, detached=False).header
     metadata = copy.deepcopy(header.metadata)
     metadata["digests"]["0"]["iterations"] = 1 << 40
     path = tmp_path / "disk"
-    path.write_bytes(luks2_volumes.packed(header.binary, metadata) + area[2 * header.binary.size :])
+    path.write_bytes(luks2_areas.packed(header.binary, metadata) + area[2 * header.binary.size :])
     graph = graph_with()
     with pytest.raises(Error, match="LUKS2 digest iteration count 1099511627776 is more than"):
         await graph.add(options(path))
@@ -252,7 +252,7 @@ NONSENSE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("what", NONSENSE)
 async def test_nonsense_with_a_right_checksum_is_refused(tmp_path: Path, what: str) -> None:
     area = volume(PBKDF2)
-    header = luks2_volumes.read(area, detached=False).header
+    header = luks2_areas.read(area, detached=False).header
     metadata = copy.deepcopy(header.metadata)
     size = SIZES[-1]
     metadata["config"]["json_size"] = str(size - 4096)
@@ -268,7 +268,7 @@ async def test_nonsense_with_a_right_checksum_is_refused(tmp_path: Path, what: s
 
 def test_what_is_strange_but_right_is_kept_by_a_change() -> None:
     area = volume(PBKDF2)
-    header = luks2_volumes.read(area, detached=False).header
+    header = luks2_areas.read(area, detached=False).header
     text = orjson.dumps(header.metadata)
     strange = b'{"type":"x","keyslots":[],"a":1,"a":2,"big":18446744073709551615,"text":"%s","deep":%s}' % (
         b"x" * 5000,

@@ -38,12 +38,19 @@ def test_the_demo_plays_the_whole_sequence_and_leaves_nothing(tmp_path: Path) ->
         "── header: libvirt-1-format",
         '-> {"execute": "device_del"',
         '"event": "DEVICE_DELETED"',
+        '"version": 2, "pbkdf": "argon2id"',
+        '"sector-size": 4096',
+        '-> {"execute": "device_del"',
         '-> {"execute": "quit"}',
+        "ok the header file begins with a LUKS1 header",
+        "no header and no plaintext",
+        "ok the header file begins with a LUKS2 header",
         "no header and no plaintext",
         "Everything is as it should be.",
     ]
-    positions = [result.stdout.index(text) for text in shown]
-    assert positions == sorted(positions)
+    position = 0
+    for text in shown:
+        position = result.stdout.index(text, position) + len(text)
     assert "\x1b" not in result.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -55,6 +62,18 @@ def test_the_demo_keeps_its_files_when_asked(tmp_path: Path) -> None:
     assert (directory / "payload.raw").stat().st_size == 4 << 20
     assert (directory / "header.img").read_bytes().startswith(b"LUKS\xba\xbe")
     assert str(directory) in result.stdout
+
+
+@pytest.mark.peer("cryptsetup")
+def test_cryptsetup_is_shown_the_luks2_disk_and_says_what_it_is(tmp_path: Path) -> None:
+    result = demo("--keep", "--size", "4M", directory=tmp_path)
+    judged = result.stdout.partition("about the LUKS2 disk")[2]
+    assert "   PBKDF: argon2id\nok cryptsetup luksDump\nok cryptsetup open\n" in judged
+    (directory,) = tmp_path.iterdir()
+    header = directory / "header2.img"
+    dump = subprocess.run(["cryptsetup", "luksDump", str(header)], capture_output=True, text=True, check=True)
+    assert "0: luks2" not in dump.stdout
+    assert "argon2id" in dump.stdout
 
 
 @pytest.mark.parametrize(

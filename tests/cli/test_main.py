@@ -45,7 +45,7 @@ def test_help_fits_a_terminal_and_names_every_option(option: str, tmp_path: Path
     assert max(map(len, result.stdout.splitlines())) < 80
     for name in ("object", "blockdev", "chardev", "monitor", "pidfile", "daemonize", "version", "help"):
         assert f"--{name}" in result.stdout
-    for name in ("device", "qmp", "log", "loop", "trace"):
+    for name in ("device", "qmp", "log", "loop", "trace", "pbkdf-memory-max"):
         assert f"--{name}" in result.stdout
 
 
@@ -117,6 +117,13 @@ WRONG = [
     (["--loop", "möbius"], "--loop möbius: 'möbius' is none of auto, uvloop, asyncio"),
     (["--cipher-processes", "-1"], "--cipher-processes -1: '-1' is neither auto nor a number up to 64"),
     (["--cipher-processes", "65"], "--cipher-processes 65: '65' is neither auto nor a number up to 64"),
+    (["--pbkdf-memory-max", "1X"], "--pbkdf-memory-max 1X: '1X' is no size such as 512M"),
+    (["--pbkdf-memory-max", "-1"], "--pbkdf-memory-max -1: '-1' is no size such as 512M"),
+    (["--pbkdf-memory-max="], "--pbkdf-memory-max=: '' is no size such as 512M"),
+    (
+        ["--pbkdf-memory-max", "32767"],
+        "--pbkdf-memory-max 32767: '32767' is less than 32K, with which no key can be derived",
+    ),
 ]
 
 #: The background has no standard input and output: options for them fail there for another reason.

@@ -16,7 +16,6 @@ from qmpd.crypto.luks1 import (
     SLOTS,
     Barrier,
     Header,
-    VolumeKey,
     Write,
     format_plan,
     formatting,
@@ -67,7 +66,7 @@ def volume_of(plan: list[Write | Barrier]) -> bytearray:
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Header, VolumeKey, list[Write | Barrier], bytearray]:
+def made() -> tuple[Header, KeyBuffer, list[Write | Barrier], bytearray]:
     header, key, plan = format_plan(AES_256, "sha256", PASSWORD, 1000, 1000)
     return header, key, plan, volume_of(plan)
 
@@ -150,7 +149,7 @@ def test_a_header_is_packed_as_it_was_parsed(packed: bytes) -> None:
 
 
 def test_the_header_is_written_last_and_the_old_one_is_gone_first(
-    made: tuple[Header, VolumeKey, list[Write | Barrier], bytearray],
+    made: tuple[Header, KeyBuffer, list[Write | Barrier], bytearray],
 ) -> None:
     header, _, plan, _ = made
     old = changed(bytes(4 << 20), (0, new_header(AES_256, "sha1").pack()))
@@ -170,7 +169,7 @@ def test_the_header_is_written_last_and_the_old_one_is_gone_first(
 
 
 def test_nothing_that_is_written_holds_the_key_or_reaches_the_payload(
-    made: tuple[Header, VolumeKey, list[Write | Barrier], bytearray],
+    made: tuple[Header, KeyBuffer, list[Write | Barrier], bytearray],
 ) -> None:
     header, key, plan, _ = made
     for step in plan:
@@ -367,7 +366,7 @@ def test_whatever_parses_has_its_extents_inside_bounds(
 )
 @settings(max_examples=15, deadline=None)
 def test_unlocking_a_mutated_header_gives_the_key_or_none_or_a_refusal(
-    made: tuple[Header, VolumeKey, list[Write | Barrier], bytearray],
+    made: tuple[Header, KeyBuffer, list[Write | Barrier], bytearray],
     mutations: list[tuple[int, bytes]],
     missing: int,
 ) -> None:
@@ -451,17 +450,7 @@ def test_a_creation_that_is_stopped_between_any_two_steps_leaves_no_key_in_memor
         monkeypatch.undo()
 
 
-def test_a_volume_key_is_wiped_on_the_way_out_and_never_shown() -> None:
-    raw = KeyMemory().copy_of(b"\x5a" * 32)
-    with VolumeKey(raw) as key:
-        assert key.data == b"\x5a" * 32
-        assert len(key) == 32
-        assert repr(key) == str(key) == "<VolumeKey of 32 bytes>"
-    assert key.data == bytes(32)
-    assert raw.data == bytes(32)
-
-
-def test_reprs_show_no_secrets(made: tuple[Header, VolumeKey, list[Write | Barrier], bytearray]) -> None:
+def test_reprs_show_no_secrets(made: tuple[Header, KeyBuffer, list[Write | Barrier], bytearray]) -> None:
     header, _, plan, _ = made
     shown = repr(header) + repr(plan)
     assert "digest=" not in shown

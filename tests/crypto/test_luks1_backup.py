@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmpd.crypto import luks, luks_backup
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks1 import (
     HEAD_BYTES,
@@ -23,17 +25,12 @@ from qmpd.crypto.luks1 import (
     new_header,
     unlock_slot,
 )
-from qmpd.crypto.luks1_backup import (
-    HeaderState,
-    backup_image,
-    difference,
-    restore_plan,
-    rewrite_plan,
-    state_of,
-)
+from qmpd.crypto.luks1_backup import backup_image, difference, restore_plan, rewrite_plan
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, activating, erase_plan
+from qmpd.crypto.luks_backup import HeaderState
 from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.steps import run
+from qmpd.errors import Error
 
 SPEC: Final = CipherSpec("aes-128", "xts", "plain64")
 
@@ -105,6 +102,15 @@ class Openers:
         if what not in self._tried:
             self._tried[what] = unlock_slot(header, slot, password, key_material) is not None
         return self._tried[what]
+
+
+def state_of(sectors: bytes, known: Header) -> tuple[HeaderState, Header | None]:
+    """What lies where `known` was, and the header if it is of this volume."""
+    found = None
+    with suppress(Error):
+        found = luks.parse(sectors)
+    state = luks_backup.state_of(luks.Luks1(known, b""), found, sectors)
+    return state, found.header if isinstance(found, luks.Luks1) and state.is_ours else None
 
 
 def openers(data: bytes | bytearray, passwords: set[bytes]) -> set[bytes]:
@@ -228,7 +234,7 @@ def test_where_there_is_no_header_none_is_seen_before_it_is_whole() -> None:
     assert header == backup.header
     whole = False
     for disk in stops(noise, plan):
-        state, found = state_of(disk[:HEADER_SECTORS_BYTES], backup.header, detached=False)
+        state, found = state_of(disk[:HEADER_SECTORS_BYTES], backup.header)
         if found is None:
             assert not whole
             assert state is HeaderState.DAMAGED
@@ -264,7 +270,7 @@ def test_the_state_tells_this_volumes_header_from_others_and_from_none() -> None
     sectors = volume.sectors
 
     def state(data: bytes) -> HeaderState:
-        return state_of(data, volume.header, detached=False)[0]
+        return state_of(data, volume.header)[0]
 
     assert state(sectors) is HeaderState.UNCHANGED
     assert state(Volume({1: b"b"}, volume).sectors) is HeaderState.CHANGED

@@ -38,7 +38,7 @@ def apply(plan: Plan, volume: bytearray) -> None:
 
 def read(volume: bytes | bytearray) -> luks.Luks2:
     """Read the header as a block node does: what is behind the end is zeroes."""
-    reader = luks.reading()
+    reader = luks.reading(detached=True)
     offset, length = next(reader)
     header: luks.LuksHeader | None = None
     while header is None:

@@ -66,8 +66,8 @@ def test_many_sectors_are_what_one_at_a_time_are(spec: CipherSpec, first: int, s
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
-@pytest.mark.parametrize(("sector_size", "iv_unit"), [(4096, 512), (4096, 4096), (1024, 512)])
-@pytest.mark.parametrize("sectors", [1, 17, 70])
+@pytest.mark.parametrize(("sector_size", "iv_unit"), [(4096, 512), (4096, 4096), (2048, 512), (1024, 512)])
+@pytest.mark.parametrize("sectors", [1, 3, 17, 70, 150])
 def test_larger_sectors_count_their_ivs_as_asked(
     spec: CipherSpec, sector_size: int, iv_unit: int, sectors: int
 ) -> None:

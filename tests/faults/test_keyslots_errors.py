@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import luks2_volumes
+import luks2_areas
 import luks_volumes
 import pytest
 from luks_volumes import CIPHER, carried_out
@@ -115,7 +115,7 @@ class Disk:
         self.layout = layout
         self.detached = layout.endswith("detached")
         #: Of which version the headers are.
-        self.volumes: Any = luks2_volumes if layout.startswith("luks2") else luks_volumes
+        self.volumes: Any = luks2_areas if layout.startswith("luks2") else luks_volumes
         self.header_path = directory / "header"
         self.payload_path = directory / "payload"
         self.trouble = Trouble()

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import luks2_volumes
+import luks2_areas
 import luks_volumes
 import pytest
 from conftest import StartDaemon
@@ -127,7 +127,7 @@ class Disk:
     def __init__(self, directory: Path, version: int) -> None:
         self.directory = directory
         self.version = version
-        self.volumes: Any = luks2_volumes if version == 2 else luks_volumes
+        self.volumes: Any = luks2_areas if version == 2 else luks_volumes
         self.header, self.payload = directory / "header.img", directory / "payload.img"
         area = self.volumes.new_area(detached=True)
         self.header.write_bytes(area)

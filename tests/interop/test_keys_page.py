@@ -55,6 +55,12 @@ def test_the_commands_of_the_page_about_keys_work(tmp_path: Path) -> None:
         "the colleague has gone",
         "and is back",
         "restored by cryptsetup",
+        '"type": "argon2id"',
+        '"damaged": ["There is no primary LUKS2 header"]',
+        "Epoch:",
+        "LUKS2 opens again",
+        "it is LUKS2 now",
+        "and LUKS1 again",
     )
     position = 0
     for text in expected:

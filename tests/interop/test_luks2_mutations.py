@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from luks2_volumes import packed, read
+from luks2_areas import packed, read
 from luks_volumes import extent, opens_by_cryptsetup
 
 from qmpd.block.drivers import DRIVERS

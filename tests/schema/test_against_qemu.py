@@ -129,7 +129,11 @@ ONLY_QMPD: Final[tuple[tuple[str, str, str], ...]] = (
         "slot pbkdf pbkdf-memory pbkdf-parallel priority",
         LUKS2,
     ),
-    ("query-jobs ->[].type", "__org.qmpd_luks-header-backup __org.qmpd_luks-header-restore", OURS),
+    (
+        "query-jobs ->[].type",
+        "__org.qmpd_luks-header-backup __org.qmpd_luks-header-restore __org.qmpd_luks-convert",
+        OURS,
+    ),
     ("query-block ->[]", "nbd-uri", "tells where a device is served, which QEMU never does"),
 )
 
@@ -158,6 +162,7 @@ COMMANDS_OF_QMPD: Final[Mapping[str, str]] = {
     "__org.qmpd_query-luks-keyslots": OURS,
     "__org.qmpd_luks-header-backup": OURS,
     "__org.qmpd_luks-header-restore": OURS,
+    "__org.qmpd_luks-convert": OURS,
 }
 
 

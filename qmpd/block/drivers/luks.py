@@ -22,7 +22,7 @@ from qmpd.block.node import SECTOR, Data, Extent
 from qmpd.block.payload import Payload
 from qmpd.block.permissions import Permission
 from qmpd.crypto.luks import LuksHeader, PayloadSegment
-from qmpd.crypto.luks1 import VolumeKey
+from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Write
 from qmpd.errors import Error
 
@@ -148,9 +148,9 @@ class LuksNode(KeyslotHolder):
         assert self._opened_slot is not None, "an open disk was opened"
         return self._opened_slot
 
-    def copy_volume_key(self) -> VolumeKey:
+    def copy_volume_key(self) -> KeyBuffer:
         """A copy of what the cipher has."""
-        return VolumeKey(self._open_payload.copy_key())
+        return self._open_payload.copy_key()
 
     def check_amend(self) -> None:
         """Nobody else may have the header open."""
@@ -229,8 +229,9 @@ async def create(graph: Graph, options: Mapping[str, Any]) -> None:
         target = header_disk or payload
         assert target is not None
         if payload is not None and size is not None:
-            offset = header.segments[0].offset
-            await payload.truncate(offset + size, preallocation)
+            segment = header.segments[0]
+            # Nobody gets less than he asked for.
+            await payload.truncate(segment.offset + size + -size % segment.sector_size, preallocation)
         if header_disk is not None:
             await header_disk.truncate(header.length)
         for step in plan:

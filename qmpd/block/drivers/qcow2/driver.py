@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from qmpd.block.graph import Graph
     from qmpd.block.luks_header import HeaderArea, OpenedSlot
     from qmpd.crypto.luks import LuksHeader
-    from qmpd.crypto.luks1 import VolumeKey
+    from qmpd.crypto.memory import KeyBuffer
 
 #: Decompressed clusters that are kept for the next small read.
 _INFLATED: Final = 4
@@ -369,7 +369,7 @@ class Qcow2Node(KeyslotHolder):
         """The slot that the passphrase opened."""
         return self._encrypted_data.opened_slot
 
-    def copy_volume_key(self) -> VolumeKey:
+    def copy_volume_key(self) -> KeyBuffer:
         """A copy of what the cipher has."""
         return self._encrypted_data.copy_key()
 

@@ -26,6 +26,7 @@ from qmpd.block.tiled_cipher import TiledCipher
 from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks import LuksHeader
+from qmpd.crypto.memory import KeyBuffer
 from qmpd.crypto.plan import Write
 from qmpd.crypto.sectors import SectorCipher
 from qmpd.errors import Error
@@ -157,9 +158,9 @@ class DataCipher:
             raise Error("Only LUKS encryption options can be amended for qcow2 with blockdev-amend")
         await keyslots.amend(image, options, force=force, commit=commit)
 
-    def copy_key(self) -> luks1.VolumeKey:
+    def copy_key(self) -> KeyBuffer:
         """A copy of the volume key, for the caller to wipe."""
-        return luks1.VolumeKey(self._tiled.cipher.copy_key())
+        return self._tiled.cipher.copy_key()
 
     def info(self) -> dict[str, Any]:
         """ImageInfoSpecificQCow2Encryption."""
