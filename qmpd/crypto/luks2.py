@@ -245,7 +245,7 @@ class Header:
         """
         found = []
         for name, token in self.metadata["tokens"].items():
-            if isinstance(token, dict) and _DECIMAL.fullmatch(name):
+            if isinstance(token, dict) and _DECIMAL.fullmatch(name) and int(name) < SLOTS:
                 kind, slots = token.get("type"), token.get("keyslots")
                 known = frozenset(
                     int(slot)

@@ -194,8 +194,10 @@ def trial(derivation: Kdf, limit: int) -> Kdf:
     """
     if derivation.kind == "pbkdf2":
         return replace(derivation, salt=_TRIAL_SALT)
-    memory = max(8 * derivation.cpus, min(derivation.memory, limit, _TRIAL_MEMORY))
-    return replace(derivation, salt=_TRIAL_SALT, memory=memory, iterations=1)
+    # A header may ask for any number of threads.
+    cpus = min(derivation.cpus, MAX_CPUS)
+    memory = max(8 * cpus, min(derivation.memory, limit, _TRIAL_MEMORY))
+    return replace(derivation, salt=_TRIAL_SALT, memory=memory, cpus=cpus, iterations=1)
 
 
 def measuring(trial: Kdf, key_bytes: int) -> Steps[float]:

@@ -81,7 +81,8 @@ def activating(
     plan: Plan = []
     for number in slots:
         kdf_ = replace(costs, salt=random(SALT_BYTES))
-        old = header.metadata["keyslots"].get(str(number))
+        before = header.metadata
+        old = before["keyslots"].get(str(number))
         described = _new_keyslot(header, number, len(key), kdf_)
         offset = _free_area(header, described.area.size)
         if offset is None and old is not None and int(old["area"]["size"]) >= described.area.size:
@@ -94,7 +95,9 @@ def activating(
         material = yield from sealing(described, key, password, random)
         plan += [Write(offset, material), Barrier()]
         metadata = without(header.metadata, [])
-        metadata["keyslots"][str(number)] = _as_json(described)
+        # Another passphrase for a slot leaves its rank and its tokens, as cryptsetup's luksChangeKey does.
+        metadata["tokens"] = copy.deepcopy(before["tokens"])
+        metadata["keyslots"][str(number)] = _as_json(described) | _rank(before, number)
         volume_digest = str(header.volume_digest.number)
         if number not in header.volume_digest.keyslots:
             # What the slot had may have been another key than the volume's.
@@ -105,6 +108,12 @@ def activating(
         if old is not None:
             plan += [Write(int(old["area"]["offset"]), random(int(old["area"]["size"]))), Barrier()]
     return header, plan
+
+
+def _rank(metadata: Metadata, number: int) -> Metadata:
+    """What a slot says of its priority, if it says anything."""
+    slot = metadata["keyslots"].get(str(number), {})
+    return {"priority": slot["priority"]} if "priority" in slot else {}
 
 
 def erase_plan(header: Header, slots: Sequence[int], random: Random = os.urandom) -> tuple[Header, Plan]:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmpd.crypto import luks, luks2, luks2_backup, luks2_keyslots, luks_backup
+from qmpd.crypto import luks, luks1, luks2, luks2_backup, luks2_keyslots, luks_backup
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.luks2_binary import BinaryHeader
 from qmpd.crypto.luks2_kdf import Kdf
 from qmpd.crypto.luks_backup import HeaderState
 from qmpd.crypto.plan import Barrier, Plan, Write
@@ -34,7 +35,7 @@ def volume(slots: dict[int, int], room: int, seed: int) -> bytearray:
     )
     metadata["config"]["keyslots_size"] = str(room * AREA)
     metadata["digests"]["0"]["keyslots"] = [str(slot) for slot in slots]
-    binary = luks2_keyslots.BinaryHeader(SIZE, seed, f"label {seed}", "sha256", "uuid", "")
+    binary = BinaryHeader(SIZE, seed, f"label {seed}", "sha256", "uuid", "")
     data = bytearray(2 * SIZE + room * AREA)
     for slot, area in slots.items():
         kdf = Kdf("pbkdf2", source.randbytes(32), 1000)
@@ -197,7 +198,7 @@ def test_a_header_of_the_same_volume_is_known_by_digest_segments_and_areas() -> 
         changed[change[0]]["0"][change[1]] = change[2]
         other = luks.Luks2(luks2.parse_metadata(known.header.binary, orjson.dumps(changed)))
         assert known.difference(other) == what
-    version_1 = luks.Luks1(luks.luks1.new_header(CipherSpec.from_options(), "sha256"), b"")
+    version_1 = luks.Luks1(luks1.new_header(CipherSpec.from_options(), "sha256"), b"")
     assert known.difference(version_1) == version_1.difference(known) == "version"
 
 

@@ -247,7 +247,9 @@ def change_by_cryptsetup(volume: Volume, slots: dict[int, str], old: str, new: s
 
 @pytest.mark.parametrize(
     ("metadata_size", "detached"),
-    zip(["16k", "32k", "64k", "128k", "256k", "512k", "1m", "2m", "4m"], itertools.cycle([False, True])),
+    list(
+        zip(["16k", "32k", "64k", "128k", "256k", "512k", "1m", "2m", "4m"], itertools.cycle([False, True]))
+    ),
 )
 async def test_metadata_areas_of_every_size_are_changed_in_place(
     tmp_path: Path, metadata_size: str, detached: bool
@@ -339,6 +341,45 @@ async def test_labels_priorities_and_tokens_are_cryptsetups_and_stay(tmp_path: P
         "3": None,
     }
     assert "größer" in volume.cryptsetup("luksDump")
+
+
+@pytest.mark.parametrize("keyslots_size", ["516096", "1m"], ids=["in its place", "beside it"])
+async def test_a_slot_that_gets_another_passphrase_keeps_its_priority_and_its_tokens(
+    tmp_path: Path, keyslots_size: str
+) -> None:
+    volume = Volume(tmp_path)
+    volume.format("--luks2-keyslots-size", keyslots_size, key_bits=512)
+    volume.add_key("first", "second")
+    (tmp_path / "token.json").write_text('{"type": "ours", "keyslots": ["0", "1"]}')
+    volume.cryptsetup("token", volume.header.name, "--json-file", "token.json", on="import")
+    volume.cryptsetup("config", "--key-slot", "0", "--priority", "prefer")
+    kept = volume.metadata()["tokens"]
+    async with new_graph() as graph, volume.open(graph) as node:
+        await amend(node, force=True, state="active", keyslot=0, new_secret="third", **cost("pbkdf2"))
+        is_whole(volume)
+        assert (volume.metadata()["tokens"], volume.metadata()["keyslots"]["0"]["priority"]) == (kept, 2)
+        # As cryptsetup does it itself.
+        words = ("--key-slot", "0", "--key-file", "third", "first")
+        volume.cryptsetup("luksChangeKey", *CHEAP["pbkdf2"], *words)
+        assert (volume.metadata()["tokens"], volume.metadata()["keyslots"]["0"]["priority"]) == (kept, 2)
+    assert volume.opened_by() == {"first": True, "second": True, "third": False}
+
+
+async def test_what_cryptsetup_converts_is_opened_and_changed(tmp_path: Path) -> None:
+    volume = Volume(tmp_path)
+    async with new_graph() as graph:
+        await make(graph, volume, version=2, **costs("pbkdf2"))
+        volume.cryptsetup("convert", "--type", "luks1")
+        assert "version" not in await info_of(graph, volume)
+        async with volume.open(graph) as node:
+            await amend(node, state="active", new_secret="second", **cost("pbkdf2"))
+        volume.cryptsetup("convert", "--type", "luks2")
+        assert (await info_of(graph, volume, "second"))["version"] == 2
+        volume.cryptsetup("luksConvertKey", *CHEAP["argon2i"], "--key-slot", "1", "--key-file", "second")
+        async with volume.open(graph, "second") as node:
+            await amend(node, state="inactive", keyslot=0)
+    is_whole(volume)
+    assert volume.opened_by() == {"first": False, "second": True, "third": False}
 
 
 async def test_a_slot_with_another_key_neither_opens_the_volume_nor_is_in_the_way(tmp_path: Path) -> None:
@@ -454,9 +495,7 @@ async def test_a_reencryption_that_is_not_finished_is_refused(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("copy", "metadata_size"), [("primary", 1 << 20), ("secondary", 16 << 10)])
-@pytest.mark.parametrize(
-    "where", [0, 4, 8, 100, 4096 + 50], ids=["magic", "second magic byte", "size", "salt", "json"]
-)
+@pytest.mark.parametrize("where", [0, 8, 4096 + 50], ids=["magic", "size", "json"])
 async def test_of_a_header_with_one_good_copy_each_makes_two(
     tmp_path: Path, metadata_size: int, copy: str, where: int
 ) -> None:
