@@ -1,5 +1,7 @@
 """LUKS1 volumes for tests of their keyslots: filled with passphrases, and judged by which ones open them.
 
+Those of LUKS2, by the same functions, are in `luks2_areas.py`.
+
 A volume here is its bytes up to the end of the key area.  The volume key is the shortest that there is, so
 that a keyslot takes 64,000 bytes and little time; the number of iterations is the least as well.
 """
@@ -13,8 +15,10 @@ from typing import Final
 
 from qmpd.crypto import luks1
 from qmpd.crypto.ciphers import CipherSpec
+from qmpd.crypto.luks import Luks1, LuksHeader
 from qmpd.crypto.luks1 import SECTOR, Header
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, activating, erase_plan
+from qmpd.crypto.luks2_kdf import Kdf
 from qmpd.crypto.plan import Plan, Write
 from qmpd.crypto.steps import run
 
@@ -49,6 +53,11 @@ def parse(area: bytes, *, detached: bool) -> Header:
     return Header.parse(area, detached=detached)
 
 
+def read(area: bytes, *, detached: bool) -> LuksHeader:
+    """The header in the shape that both versions have."""
+    return Luks1(parse(area, detached=detached), area[:HEADER_SECTORS_BYTES])
+
+
 def filled(area: bytes, passwords: Passwords, *, detached: bool) -> bytes:
     """The same volume with these passphrases and no other; `base` is in its slot 0."""
     header = parse(area, detached=detached)
@@ -81,7 +90,12 @@ def activation(
     raise AssertionError(f"{known!r} opens nothing")
 
 
-def extent(header: Header, slot: int) -> tuple[int, int]:
+def erasure(area: bytes, slots: list[int], *, detached: bool) -> Plan:
+    """The plan that takes the keys out of slots."""
+    return read(area, detached=detached).erasing(slots)[1]
+
+
+def extent(header: Header | LuksHeader, slot: int) -> tuple[int, int]:
     """Where the key material of a slot begins and ends."""
     offset, length = header.material_extent(slot)
     return offset, offset + length
@@ -92,10 +106,10 @@ class Judge:
 
     def __init__(self, *, detached: bool) -> None:
         self.detached = detached
-        self._known: dict[tuple[bytes, bytes, bytes], bool] = {}
+        self._known: dict[tuple[Kdf, bytes, bytes], bool] = {}
 
-    def header(self, area: bytes) -> Header:
-        return parse(area, detached=self.detached)
+    def header(self, area: bytes) -> LuksHeader:
+        return read(area, detached=self.detached)
 
     def opens(self, area: bytes, password: bytes, slot: int | None = None) -> bool:
         """Whether a passphrase opens the volume, by this slot or by any."""
@@ -114,13 +128,13 @@ class Judge:
                 found[slot] = match
         return found
 
-    def _try(self, header: Header, slot: int, area: bytes, password: bytes) -> bool:
-        if not header.slots[slot].active:
+    def _try(self, header: LuksHeader, slot: int, area: bytes, password: bytes) -> bool:
+        if slot not in header.active_slots:
             return False
         material = area[slice(*extent(header, slot))]
-        what = (header.slots[slot].pack(), material, password)
+        what = (header.derivation(slot), material, password)
         if what not in self._known:
-            self._known[what] = luks1.unlock_slot(header, slot, password, material) is not None
+            self._known[what] = run(header.unlocking(slot, password, material)) is not None
         return self._known[what]
 
 
@@ -139,10 +153,13 @@ def accepted_by_cryptsetup(header: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def opens_by_cryptsetup(header: Path, password: bytes) -> bool:
-    """Whether `cryptsetup open --test-passphrase` takes the passphrase."""
+def opens_by_cryptsetup(header: Path, password: bytes, *more: str) -> bool:
+    """Whether `cryptsetup open --test-passphrase` takes the passphrase.
+
+    :param more: options.
+    """
     done = subprocess.run(
-        ["cryptsetup", "open", "--test-passphrase", "--type", "luks1", "--key-file", "-", header],
+        ["cryptsetup", "open", "--test-passphrase", "--type", "luks", "--key-file", "-", *more, header],
         input=password,
         capture_output=True,
         check=False,

@@ -53,7 +53,8 @@ class DerivationMemory:
         :raise Error: there is not as much.
         """
         self.check(amount)
-        if self._waiting or amount > self._left:
+        # Who needs none does not wait for those who do.
+        if amount and (self._waiting or amount > self._left):
             await self._wait(amount)
         else:
             self._left -= amount
@@ -69,15 +70,19 @@ class DerivationMemory:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():
+                # It was his turn already.
                 self._left += amount
-            else:
-                self._waiting.remove((amount, turn))
             self._serve()
             raise
 
     def _serve(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self._left:
-            amount, turn = self._waiting.popleft()
-            self._left -= amount
-            turn.set_result(None)
+        while self._waiting:
+            amount, turn = self._waiting[0]
+            if not turn.cancelled():
+                if amount > self._left:
+                    break
+                self._left -= amount
+                turn.set_result(None)
+            # Who was cancelled may not know it yet.
+            self._waiting.popleft()

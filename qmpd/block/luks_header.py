@@ -196,7 +196,13 @@ async def _try_slot(
 ) -> KeyBuffer | None:
     """The volume key, if `password` opens this slot."""
     derivation = header.derivation(slot)
-    material = await area.read(*header.material_extent(slot))
+    if derivation.memory:
+        # Who waits for memory shall not be told afterwards that it was in vain.
+        graph.derivation_memory.check(derivation.memory)
+        derivation.check()
+    offset, length = header.material_extent(slot)
+    # An area may be much larger than what lies in it.
+    material = await area.read(offset, min(length, luks2.MAX_KEY_BYTES * luks2.STRIPES))
     async with graph.derivation_memory.reserve(derivation.memory):
         return await graph.in_key_thread(header.unlocking(slot, password.data, material))
 

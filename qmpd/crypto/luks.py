@@ -648,7 +648,7 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
     """
     beginning = bytes((yield 0, luks1.HEADER_BYTES))
     magic, version = beginning[:6], int.from_bytes(beginning[6:8], "big")
-    if only_version_1 or (magic == luks2_binary.MAGIC and version != luks2_binary.VERSION):
+    if only_version_1 or (magic == luks2_binary.MAGIC and version == Luks1.version):
         header = luks1.Header.parse(beginning, detached=detached)
         return Luks1(header, bytes((yield 0, luks1_keyslots.HEADER_SECTORS_BYTES)))
     copies: list[luks2_binary.Copy | None] = []
@@ -668,15 +668,20 @@ def reading(*, detached: bool = False, only_version_1: bool = False) -> Generato
             found = _copy((yield offset, claimed), offset, damaged)
             if found is not None:
                 break
-    if found is None and size is None and magic != luks2_binary.MAGIC:
+    if found is None and magic != luks2_binary.MAGIC:
         # Nothing says that it is LUKS2 at all.
         raise Error(luks1.NOT_LUKS)
+    if found is None and version != luks2_binary.VERSION:
+        luks1.Header.parse(beginning)  # says that there is no such version
     if found is None and not any("secondary" in text for text in damaged):
         damaged.append("There is no secondary LUKS2 header")
     chosen = luks2_binary.choose(copies[0], found)
-    if copies[0] is not None and found is not None and copies[0].header.sequence != found.header.sequence:
-        older = "primary" if chosen is found else "secondary"
-        damaged.append(f"The {older} LUKS2 header is of an earlier change")
+    if copies[0] is not None and found is not None:
+        if copies[0].header.sequence != found.header.sequence:
+            older = "primary" if chosen is found else "secondary"
+            damaged.append(f"The {older} LUKS2 header is of an earlier change")
+        elif (copies[0].header, copies[0].json) != (found.header, found.json):
+            damaged.append("The secondary LUKS2 header differs from the primary one, which counts")
     header2 = luks2.Header.parse(chosen)
     if not detached and header2.segments[0].offset < header2.keyslots_offset + header2.keyslots_bytes:
         raise Error("LUKS payload is overlapping with the header")

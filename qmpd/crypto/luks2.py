@@ -23,7 +23,7 @@ import hmac
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -46,8 +46,16 @@ STRIPES: Final = 4000
 #: A keyslot's area begins and ends at multiples of this many bytes (section 3.2).
 AREA_ALIGNMENT: Final = 4096
 
+#: How deeply the metadata may be nested (cryptsetup's bound), and of how many objects and lists it may
+#: consist: far more than 32 of each kind need, and few enough to be read at once.
+MAX_DEPTH: Final = 32
+MAX_CONTAINERS: Final = 1 << 14
+
 #: The longest key, in bytes (cryptsetup's bound).
 MAX_KEY_BYTES: Final = 512
+
+#: The shortest digest: that of the shortest hash.  That of a LUKS1 header has 20 bytes, whatever the hash.
+MIN_DIGEST_BYTES: Final = 16
 
 #: The largest keyslots area, in bytes (cryptsetup's bound).
 MAX_KEYSLOTS_BYTES: Final = 128 << 20
@@ -64,6 +72,10 @@ Random = Callable[[int], bytes]
 
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,19}")
 _MAX_OFFSET: Final = (1 << 63) - 1
+
+#: Costs are looked at when it comes to derive a key, so that a slot that costs too much keeps no other one
+#: from opening.
+_MAX_COST: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,14 @@ class Digest:
         """Whether `key` is the one.
 
         It may take long and releases the interpreter lock: call it in a worker thread.
+
+        :raise Error: it would take too long.
         """
+        if self.iterations > kdf.MAX_ITERATIONS:
+            raise Error(
+                f"LUKS2 digest iteration count {self.iterations} is more than the "
+                f"{kdf.MAX_ITERATIONS} allowed"
+            )
         found = kdf.pbkdf2(self.hash_name, key, self.salt, self.iterations, len(self.digest))
         return hmac.compare_digest(found, self.digest)
 
@@ -177,6 +196,7 @@ class Header:
     :param keyslots: those of a known kind, by number.
     :param digests: by number.
     :param segments: in the order in which they make the payload.
+    :param offset: where the copy is that counts, in bytes, 0 for the primary one; not what it says.
     """
 
     binary: BinaryHeader
@@ -184,6 +204,7 @@ class Header:
     keyslots: Mapping[int, Keyslot]
     digests: Mapping[int, Digest]
     segments: tuple[Segment, ...]
+    offset: int = field(default=0, compare=False)
 
     @classmethod
     def parse(cls, copy: Copy) -> Header:
@@ -191,7 +212,7 @@ class Header:
 
         :raise Error: what is wrong with it.
         """
-        return parse_metadata(copy.header, copy.json)
+        return replace(parse_metadata(copy.header, copy.json), offset=copy.offset)
 
     @property
     def keyslots_offset(self) -> int:
@@ -361,8 +382,9 @@ class _Member:
             yield int(name), self[name]
 
     def text(self) -> str:
-        if not isinstance(self.value, str):
-            raise self.refuse("is no string")
+        # Whoever reads it in C takes a NUL for the end.
+        if not isinstance(self.value, str) or not self.value or "\0" in self.value:
+            raise self.refuse("is no string, or an empty one")
         return self.value
 
     def decimal(self, most: int = _MAX_OFFSET) -> int:
@@ -402,10 +424,7 @@ def parse_metadata(binary: BinaryHeader, text: bytes) -> Header:
 
     :raise Error: what is wrong with it.
     """
-    try:
-        root = _Member(orjson.loads(text), "the object")
-    except orjson.JSONDecodeError:
-        raise Error("LUKS2 metadata is not JSON") from None
+    root = _Member(_loaded(text), "the object")
     config = root["config"]
     _check_config(binary, config)
     keyslots: dict[int, Keyslot | None] = dict(_keyslots(binary, config, root["keyslots"]))
@@ -419,6 +438,25 @@ def parse_metadata(binary: BinaryHeader, text: bytes) -> Header:
     _check_segments(segments, digests_)
     usable = {number: slot for number, slot in keyslots.items() if slot is not None}
     return Header(binary, root.object(), usable, digests_, tuple(segments))
+
+
+def _loaded(text: bytes) -> Any:
+    """The object that the text is, if it can't lead anybody astray who copies it or looks through it."""
+    if text[:1] != b"{" or text[-1:] != b"}":
+        raise Error("LUKS2 metadata is not a JSON object")
+    if text.count(b"{") + text.count(b"[") > MAX_CONTAINERS:
+        raise Error(f"LUKS2 metadata consists of more than {MAX_CONTAINERS} objects and lists")
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise Error("LUKS2 metadata is not JSON") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (member for one in level for member in (one.values() if isinstance(one, dict) else one))
+        level = [member for member in inner if isinstance(member, dict | list)]
+    if level:
+        raise Error(f"LUKS2 metadata is nested more than {MAX_DEPTH} levels deep")
+    return value
 
 
 def _check_config(binary: BinaryHeader, config: _Member) -> None:
@@ -485,15 +523,15 @@ def _kdf(member: _Member) -> Kdf:
     salt = member["salt"].base64(64)
     if kind == "pbkdf2":
         return Kdf(
-            kind, salt, hash_name=member["hash"].text(), iterations=member["iterations"].integer(1, 2**32)
+            kind, salt, hash_name=member["hash"].text(), iterations=member["iterations"].integer(1, _MAX_COST)
         )
     if kind in ("argon2i", "argon2id"):
         return Kdf(
             kind,
             salt,
-            iterations=member["time"].integer(1, 2**32),
-            memory=member["memory"].integer(1, 2**32),
-            cpus=member["cpus"].integer(1, 2**24 - 1),
+            iterations=member["time"].integer(1, _MAX_COST),
+            memory=member["memory"].integer(1, _MAX_COST),
+            cpus=member["cpus"].integer(1, _MAX_COST),
         )
     raise member.refuse("is of a type that is not known")
 
@@ -505,12 +543,15 @@ def _digest(
     parts = member["segments"].numbers(segments, "segment")
     if member["type"].text() != "pbkdf2":
         return None
+    hash_name, value = member["hash"].text(), member["digest"].base64(512)
+    if len(value) < MIN_DIGEST_BYTES:
+        raise member["digest"].refuse("is too short to know a key by")
     return Digest(
         number=number,
-        hash_name=member["hash"].text(),
-        iterations=member["iterations"].integer(1, 2**32),
+        hash_name=hash_name,
+        iterations=member["iterations"].integer(1, _MAX_COST),
         salt=member["salt"].base64(512),
-        digest=member["digest"].base64(512),
+        digest=value,
         keyslots=slots,
         segments=parts,
     )

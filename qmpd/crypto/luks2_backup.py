@@ -113,7 +113,9 @@ def restore_plan(
             raise Error("There is no room for the backup's keys beside those in the LUKS2 header")
         if left == pending and header is not present:
             raise Error("There is no room for all of the backup's keys in the keyslots area")
-        base = replace(backup, binary=replace(backup.binary, sequence=header.binary.sequence))
+        base = replace(
+            backup, binary=replace(backup.binary, sequence=header.binary.sequence), offset=header.offset
+        )
         header, steps = commit(base, _placed(backup, places), random)
         plan += [Barrier(), *steps]
         if not left:

@@ -111,7 +111,7 @@ class Copy:
 
     :param offset: where it was, in bytes.
     :param header: what its binary header says.
-    :param json: the text of its JSON area, without the zeroes behind.
+    :param json: the text of its JSON area, without the zeroes behind; whatever else is behind belongs to it.
     """
 
     offset: int
@@ -164,7 +164,9 @@ def parse_copy(data: Buffer, offset: int) -> Copy:
     expected = _checksum(names[1], copy)
     if not hmac.compare_digest(expected, checksum[: len(expected)]):
         raise Error(f"The checksum of the {what} LUKS2 header is wrong")
-    json = bytes(copy[BINARY_BYTES:]).partition(b"\0")[0]
+    json = bytes(copy[BINARY_BYTES:]).rstrip(b"\0")
+    if len(json) == size - BINARY_BYTES:
+        raise Error(f"The JSON text of the {what} LUKS2 header is not NUL terminated")
     return Copy(offset, BinaryHeader(size, sequence, names[0], names[1], names[2], names[3]), json)
 
 

@@ -30,8 +30,14 @@ MAX_CPUS: Final = 4
 #: The memory of a new key, in KiB, if nothing is said (cryptsetup's).
 DEFAULT_MEMORY: Final = 1 << 20
 
-#: More passes over the memory, counted in KiB, than this are refused: some hours.
-MAX_WORK: Final = 1 << 36
+#: More passes over the memory, counted in KiB, than this are refused: about an hour of one processor.
+MAX_WORK: Final = 1 << 32
+
+#: A pass takes at least as long as one over this much memory, in KiB: threads are begun for it.
+_LEAST_PASS: Final = 1 << 10
+
+#: More lanes than this are refused: each is a thread.
+MAX_LANES: Final = 64
 
 
 def usual_cpus() -> int:
@@ -49,12 +55,16 @@ _TYPES: Final = {"argon2i": Type.I, "argon2id": Type.ID}
 
 _TRIAL_SALT: Final = bytes(32)
 
+#: No key is made with less memory than this, in KiB, however little time was asked for, unless that is all
+#: that it may have (cryptsetup's).
+_LEAST_CALIBRATED: Final = 1 << 16
+
+#: A measurement shorter than this, in seconds, is taken twice.
+_MEASURED_SECONDS: Final = 0.25
+
 #: The memory of a derivation that is only there to be measured, in KiB, and how often it is done.
 _TRIAL_MEMORY: Final = 1 << 16
 _MEASUREMENTS: Final = 3
-
-#: A measurement shorter than this (in seconds) says too little.
-_MEASURED_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,11 @@ class Kdf:
                 raise Error(
                     f"PBKDF2 iteration count {self.iterations} is more than the {kdf.MAX_ITERATIONS} allowed"
                 )
+        elif self.cpus > MAX_LANES:
+            raise Error(f"argon2 with {self.cpus} lanes is not supported, only up to {MAX_LANES}")
         elif self.memory < 8 * self.cpus:
             raise Error(f"argon2 with {self.cpus} lanes needs more memory than {self.memory} KiB")
-        elif self.memory * self.iterations > MAX_WORK:
+        elif max(self.memory, _LEAST_PASS) * self.iterations > MAX_WORK:
             raise Error(f"argon2 with {self.memory} KiB and {self.iterations} passes takes too long")
 
     def derive_into(self, password: Buffer, into: memoryview) -> None:
@@ -148,7 +160,8 @@ def calibrating(
     """Choose costs that take `milliseconds` here, in steps.
 
     As cryptsetup does it, argon2 gets as much memory as fits into the time with the fewest passes,
-    and more passes when it has all that it may have.
+    and more passes when it has all that it may have.  A large memory is slower than a small one, so
+    what is measured takes at least a quarter of the time.
 
     :param memory: the most that it may have, in KiB.
     :param cpus: lanes.
@@ -158,15 +171,15 @@ def calibrating(
         iterations = yield from kdf.calibrating(hash_name, milliseconds, key_bytes)
         return Kdf(kind, _TRIAL_SALT, iterations, hash_name)
     wanted = milliseconds / 1000
-    trial = Kdf(kind, _TRIAL_SALT, MIN_TIME, memory=min(memory, 1 << 16), cpus=cpus)
+    trial = Kdf(kind, _TRIAL_SALT, MIN_TIME, memory=min(memory, _LEAST_CALIBRATED), cpus=cpus)
+    least = trial.memory
     yield
     seconds = _seconds(trial, key_bytes)
-    while seconds < min(_MEASURED_SECONDS, wanted / 2) and trial.memory < memory:
+    while seconds < wanted / 4 and trial.memory < memory:
         trial = replace(trial, memory=min(memory, trial.memory * 4))
         yield
         seconds = _seconds(trial, key_bytes)
     fitting = int(trial.memory * wanted / seconds)
-    least = max(MIN_MEMORY, 8 * cpus)
     chosen = replace(trial, memory=max(least, min(fitting, memory)))
     if fitting > memory:
         passes = int(MIN_TIME * wanted / (seconds * memory / trial.memory))
@@ -200,7 +213,19 @@ def measuring(trial: Kdf, key_bytes: int) -> Steps[float]:
 
 
 def _seconds(trial: Kdf, key_bytes: int) -> float:
-    derived = bytearray(key_bytes)
-    start = time.perf_counter()
-    trial.derive_into(b"password", memoryview(derived))
-    return max(time.perf_counter() - start, 1e-6)
+    """How long a derivation takes while the machine does nothing else: a busy one makes no weaker keys.
+
+    Of time that passes and the processors' time, divided among them, the shorter one counts: the one contains
+    what other processes do, the other what other threads do.
+    """
+    threads = max(1, min(trial.cpus, len(os.sched_getaffinity(0))))
+    derived = memoryview(bytearray(key_bytes))
+    shortest = float("inf")
+    for _ in range(2):
+        start, processors = time.perf_counter(), time.process_time()
+        trial.derive_into(b"password", derived)
+        passed = time.perf_counter() - start
+        shortest = min(shortest, passed, (time.process_time() - processors) / threads)
+        if passed > _MEASURED_SECONDS:
+            break
+    return max(shortest, 1e-6)

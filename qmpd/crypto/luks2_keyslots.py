@@ -14,7 +14,9 @@ opens it afterwards does open it:
   forgets it: so nothing ever says that a key is gone which is still there.
 
 The metadata is written to the secondary copy first, then to the primary one,
-both with the next sequence number; a damaged copy is thereby repaired.
+both with the next sequence number.  Where the primary copy is damaged or older
+it comes first, for the other one is then the only one that is whole.  Either
+way both are good afterwards.
 
 Source: LUKS2 On-Disk Format Specification 1.1, sections 2.3, 3.2 and 3.4; the
 order of writes is ours.
@@ -152,7 +154,7 @@ def _unassign(metadata: Metadata, names: Set[str]) -> None:
 
 
 def commit(header: Header, metadata: Metadata, random: Random) -> tuple[Header, Plan]:
-    """Write other metadata: to the secondary copy, and when that is whole to the primary one.
+    """Write other metadata: to the copy that does not count, and when that is whole to the other one.
 
     :param header: what is there; its binary header says all but the sequence number.
     :returns: the header as it will be, and what to write.
@@ -161,12 +163,13 @@ def commit(header: Header, metadata: Metadata, random: Random) -> tuple[Header, 
     binary = header.binary.next()
     text = orjson.dumps(metadata)
     changed = parse_metadata(binary, text)
-    return changed, [
+    writes = [
         Write(binary.size, binary.pack(text, secondary=True, random=random)),
-        Barrier(),
         Write(0, binary.pack(text, secondary=False, random=random)),
-        Barrier(),
     ]
+    if header.offset != 0:
+        writes.reverse()
+    return changed, [writes[0], Barrier(), writes[1], Barrier()]
 
 
 def _new_keyslot(header: Header, number: int, key_bytes: int, costs: Kdf) -> Keyslot:

@@ -210,7 +210,7 @@ DIGEST = ("digests", "0")
         (set_to("keyslots", "00", value={}), "no number below 32"),
         (set_to("keyslots", value=[]), "is no object"),
         (set_to(*KDF, "salt", value="%%%"), "is not base64"),
-        (set_to(*KDF, "salt", value=""), "has a length of 0 bytes"),
+        (set_to(*KDF, "salt", value=""), "is no string, or an empty one"),
         (set_to(*KDF, "type", value="scrypt"), "is of a type that is not known"),
         (set_to(*KDF, "iterations", value=0), "is no number from 1"),
         (removed(*KDF, "salt"), "has no 'salt'"),

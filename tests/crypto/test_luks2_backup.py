@@ -125,6 +125,18 @@ def test_wherever_a_restoration_stops_all_keys_of_before_or_all_of_the_backup_ar
         assert material not in bytes(now)
 
 
+@pytest.mark.parametrize("damaged", [0, SIZE])
+def test_where_one_copy_is_damaged_a_restoration_does_not_tear_the_other_one(damaged: int) -> None:
+    backup, now = volume({0: 0, 3: 1}, 6, seed=1), volume({1: 2}, 6, seed=2)
+    now[damaged + 5000] ^= 1
+    old, new = keys(now), keys(backup)
+    _, plan = plan_for(backup, now)
+    assert all(keys(disk) in (old, new) for disk in stops(now, plan))
+    apply(plan, now)
+    assert keys(now) == new
+    assert read(now).damaged == ()
+
+
 def test_where_there_is_no_room_for_all_keys_there_is_always_one() -> None:
     backup, now = volume({0: 0, 1: 1, 2: 2}, 4, seed=1), volume({0: 0, 1: 1, 2: 2}, 4, seed=2)
     old, new = keys(now), keys(backup)
@@ -176,7 +188,7 @@ def test_a_header_of_the_same_volume_is_known_by_digest_segments_and_areas() -> 
     assert known.difference(read(volume({0: 0}, 8, seed=1))) == "size of the keyslots area"
     metadata = known.header.metadata
     for change, what in (
-        (("digests", "digest", "AAAA"), "digest of the volume key"),
+        (("digests", "digest", "A" * 24), "digest of the volume key"),
         (("digests", "salt", "AAAA"), "salt of the volume key's digest"),
         (("digests", "iterations", 1001), "iteration count of the volume key's digest"),
         (("segments", "offset", "4096"), "segments"),

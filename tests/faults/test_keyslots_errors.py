@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import luks2_areas
+import luks_volumes
 import pytest
-from luks_volumes import CIPHER, Judge, activation, carried_out, filled, new_area, parse
+from luks_volumes import CIPHER, carried_out
 
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.drivers import create as create_image
@@ -28,9 +30,8 @@ from qmpd.block.keyslot_holder import KeyslotHolder
 from qmpd.block.keyslots import NOT_UNDONE, exclusive
 from qmpd.block.node import errno_error
 from qmpd.crypto import kdf
-from qmpd.crypto.luks import Luks1
-from qmpd.crypto.luks1 import SECTOR, SLOTS, Header
-from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, erase_plan
+from qmpd.crypto.luks import Luks2, LuksHeader
+from qmpd.crypto.luks1 import SECTOR, SLOTS
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.crypto.plan import Plan
 from qmpd.crypto.steps import Steps
@@ -106,17 +107,20 @@ def secret(name: str) -> KeyBuffer:
 class Disk:
     """A LUKS disk whose header's file can fail.
 
-    :param layout: "inline", "detached" or "qcow2".
+    :param layout: "inline", "detached" or "qcow2"; for LUKS2 "luks2-inline", or "luks2-damaged-detached",
+        whose primary copy of the header is damaged from the beginning.
     """
 
     def __init__(self, directory: Path, layout: str) -> None:
         self.layout = layout
-        self.detached = layout == "detached"
+        self.detached = layout.endswith("detached")
+        #: Of which version the headers are.
+        self.volumes: Any = luks2_areas if layout.startswith("luks2") else luks_volumes
         self.header_path = directory / "header"
         self.payload_path = directory / "payload"
         self.trouble = Trouble()
         self.graph = Graph({**DRIVERS, "file": failing(self.trouble)}, secrets=secret)
-        self.judge = Judge(detached=self.detached)
+        self.judge: luks_volumes.Judge = self.volumes.Judge(detached=self.detached)
 
     async def open(self, passwords: dict[int, bytes], known: str) -> None:
         """Make the disk with these passphrases, and open it with one of them."""
@@ -127,7 +131,7 @@ class Disk:
             options = {"driver": "qcow2", "file": file, "size": GUEST_BYTES, "encrypt": encrypt}
             await create_image(self.graph, options)
         else:
-            area = new_area(detached=self.detached)
+            area = self.volumes.new_area(detached=self.detached)
             self.header_path.write_bytes(area + (b"" if self.detached else bytes(GUEST_BYTES)))
             self.payload_path.write_bytes(bytes(GUEST_BYTES))
         header = {"driver": "file", "filename": str(self.header_path)}
@@ -146,7 +150,10 @@ class Disk:
             del more["key-secret"]
         else:
             self.start, self.length = 0, len(area)
-        self.put(filled(self.area(), passwords, detached=self.detached))
+        area = self.volumes.filled(self.area(), passwords, detached=self.detached)
+        if "damaged" in self.layout:
+            area = area[:5000] + b"?" + area[5001:]
+        self.put(area)
         self.node = await self._add({"driver": "qcow2" if self.layout == "qcow2" else "luks", **more})
 
     async def _add(self, options: dict[str, Any]) -> KeyslotHolder:
@@ -167,19 +174,20 @@ class Disk:
             file.write(area)
 
     @property
-    def known_header(self) -> Header:
+    def known_header(self) -> LuksHeader:
         """What the node tells of its header."""
         header = self.node.luks_header
-        assert isinstance(header, Luks1)
-        return header.header
+        assert header is not None
+        return header
 
     def knows(self, area: bytes) -> None:
         """Let the node know the header in a state of the area."""
         self.node.luks_header = self.read(area)
 
-    def read(self, area: bytes) -> Luks1:
+    def read(self, area: bytes) -> LuksHeader:
         """The header in a state of the area."""
-        return Luks1(parse(area, detached=self.detached), bytes(area[:HEADER_SECTORS_BYTES]))
+        header: LuksHeader = self.volumes.read(area, detached=self.detached)
+        return header
 
     async def serve_guest(self, data: bytes) -> None:
         """Write and read as a guest does."""
@@ -187,44 +195,46 @@ class Disk:
         assert bytes(await self.node.pread(4096, len(data))) == data
 
 
-LAYOUTS = ("inline", "detached", "qcow2")
+LAYOUTS = ("inline", "detached", "qcow2", "luks2-inline", "luks2-damaged-detached")
 
-MakePlan = Callable[[bytes, bool], Plan]
-
-
-def adding(area: bytes, detached: bool) -> Plan:
-    return activation(area, [6], b"old", b"new", detached=detached)[1]
+MakePlan = Callable[[Disk, bytes], Plan]
 
 
-def replacing(area: bytes, detached: bool) -> Plan:
-    return activation(area, [2, 6], b"old", b"new", detached=detached)[1]
+def activating(slots: list[int], known: bytes) -> MakePlan:
+    def make(disk: Disk, area: bytes) -> Plan:
+        plan: Plan = disk.volumes.activation(area, slots, known, b"new", detached=disk.detached)[1]
+        return plan
+
+    return make
 
 
-def replacing_one_of_eight(area: bytes, detached: bool) -> Plan:
-    return activation(area, [6], b"eight0", b"new", detached=detached)[1]
+def erasing(slots: list[int]) -> MakePlan:
+    def make(disk: Disk, area: bytes) -> Plan:
+        plan: Plan = disk.volumes.erasure(area, slots, detached=disk.detached)
+        return plan
 
-
-def erasing_slots(slots: list[int]) -> MakePlan:
-    def plan(area: bytes, detached: bool) -> Plan:
-        return erase_plan(parse(area, detached=detached), area[:HEADER_SECTORS_BYTES], slots)[1]
-
-    return plan
+    return make
 
 
 EIGHT = {slot: b"eight%d" % slot for slot in range(SLOTS)}
 
 #: Name: passphrases before; the plan; of these at least one opens the disk at any moment, and each of those.
 PLANS: dict[str, tuple[dict[int, bytes], MakePlan, set[bytes], set[bytes]]] = {
-    "add": ({1: b"old"}, adding, {b"old"}, {b"old"}),
-    "replace": ({2: b"old", 6: b"old"}, replacing, {b"old", b"new"}, set()),
-    "replace one of eight": (EIGHT, replacing_one_of_eight, {b"eight0"}, {*EIGHT.values()} - {b"eight6"}),
+    "add": ({1: b"old"}, activating([6], b"old"), {b"old"}, {b"old"}),
+    "replace": ({2: b"old", 6: b"old"}, activating([2, 6], b"old"), {b"old", b"new"}, set()),
+    "replace one of eight": (
+        EIGHT,
+        activating([6], b"eight0"),
+        {b"eight0"},
+        {*EIGHT.values()} - {b"eight6"},
+    ),
     "erase": (
         {1: b"old", 5: b"old", 6: b"old", 7: b"other"},
-        erasing_slots([1, 5, 6]),
+        erasing([1, 5, 6]),
         {b"other"},
         {b"other"},
     ),
-    "erase all": ({0: b"old", 6: b"other"}, erasing_slots([0, 6]), set(), set()),
+    "erase all": ({0: b"old", 6: b"other"}, erasing([0, 6]), set(), set()),
 }
 
 
@@ -237,7 +247,7 @@ async def test_whichever_request_fails_the_slots_are_as_before(
     disk = Disk(tmp_path, layout)
     await disk.open(passwords, next(k for k, v in SECRETS.items() if v in passwords.values()))
     before = disk.area()
-    plan = make_plan(before, disk.detached)
+    plan = make_plan(disk, before)
     after = carried_out(before, plan)
     trouble, chance = disk.trouble, random.Random(name)
     outcomes = []
@@ -272,7 +282,7 @@ async def test_whichever_request_fails_the_slots_are_as_before(
             answers.append(answer)
             # What can't be read nobody knows.
             if lasting != "dead":
-                assert disk.known_header == parse(now, detached=disk.detached), (number, answer)
+                assert disk.known_header == disk.read(now), (number, answer)
             await disk.serve_guest(chance.randbytes(SECTOR))
             if not answer:
                 assert now == after
@@ -329,6 +339,8 @@ async def test_a_command_that_fails_changes_nothing_and_the_next_one_works(
     await disk.open(passwords, "old")
     before, header, chance = disk.area(), disk.known_header, random.Random(f"{layout} {name}")
     options = {"driver": "luks", **change}
+    if layout.startswith("luks2") and change["state"] == "active":
+        options["pbkdf"] = "pbkdf2"
     if layout == "qcow2":
         options = {"driver": "qcow2", "encrypt": {"format": "luks", **change}}
     force = "replace" in name
@@ -360,5 +372,9 @@ async def test_a_command_that_fails_changes_nothing_and_the_next_one_works(
             assert disk.known_header == header
             await amend()
         assert disk.judge.opened(disk.area(), [*passwords.values(), b"new"]) == after
-        assert disk.known_header == parse(disk.area(), detached=disk.detached)
+        assert disk.known_header == disk.read(disk.area())
+        if isinstance(header, Luks2):
+            assert isinstance(disk.known_header, Luks2)
+            assert disk.known_header.damaged == ()
+            assert disk.known_header.header.binary.sequence > header.header.binary.sequence
     await disk.graph.close()

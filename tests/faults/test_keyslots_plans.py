@@ -1,21 +1,19 @@
 """A change of keyslots may be cut off anywhere, and a passphrase opens the disk that should.
 
-The storage of these tests keeps what was written before the last barrier, and of what came after it any
-sectors: none, all, the first half, single ones, any.  A sector is written or not, as on a disk; a half of it
-is tried all the same.  This is what a failing power supply may leave; what a killed daemon leaves, whose
+What a failing power supply may leave is in `interrupted_plans.py`; what a killed daemon leaves, whose
 writes stay in the page cache, is a part of it (`test_keyslots_killed.py`).
 """
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+from interrupted_plans import left_by_a_crash
 from luks_volumes import (
     Judge,
     Passwords,
@@ -34,9 +32,6 @@ from luks_volumes import (
 from qmpd.crypto.luks1 import SECTOR, SLOTS, slot_extent
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, erase_plan
 from qmpd.crypto.plan import Plan, Write
-
-#: With this many sectors since the last barrier all combinations are tried.
-FEW = 4
 
 OLD, NEW, OTHER = b"old", b"new", b"other"
 
@@ -126,47 +121,6 @@ CHANGES: dict[str, Change] = {
     ),
     "everything is erased": Change({0: OLD, 6: OTHER}, [0, 6], None),
 }
-
-
-def left_by_a_crash(area: bytes, plan: Plan, chance: random.Random) -> Iterator[bytes]:
-    """Each volume that may be there if the plan is cut off."""
-    durable = area
-    for _, group in itertools.groupby(plan, lambda step: isinstance(step, Write)):
-        writes = [step for step in group if isinstance(step, Write)]
-        pieces = [
-            (write.offset + at, write.data[at : at + SECTOR])
-            for write in writes
-            for at in range(0, len(write.data), SECTOR)
-        ]
-        yield durable
-        for arrived in some_of(pieces, chance):
-            yield with_pieces(durable, arrived)
-        for offset, data in pieces if len(pieces) <= FEW else pieces[:1]:
-            half = len(data) // 2
-            yield with_pieces(durable, [(offset, data[:half])])
-            yield with_pieces(durable, [(offset + half, data[half:])])
-        durable = with_pieces(durable, pieces)
-    yield durable
-
-
-Pieces = list[tuple[int, bytes]]
-
-
-def some_of(pieces: Pieces, chance: random.Random) -> Iterator[Pieces]:
-    if len(pieces) <= FEW:
-        for number in range(1, len(pieces)):
-            yield from map(list, itertools.combinations(pieces, number))
-        return
-    half = len(pieces) // 2
-    yield from (pieces[:half], pieces[half:], pieces[:1], pieces[:-1], pieces[1:])
-    yield [piece for piece in pieces if chance.random() < 0.5]
-
-
-def with_pieces(area: bytes, pieces: Pieces) -> bytes:
-    image = bytearray(area)
-    for offset, data in pieces:
-        image[offset : offset + len(data)] = data
-    return bytes(image)
 
 
 @pytest.mark.parametrize("name", CHANGES)
