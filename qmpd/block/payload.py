@@ -27,6 +27,14 @@ _SECTOR: Final = 512
 _ENDLESS: Final = 1 << 63
 
 
+def in_sectors(size: int, sector_size: int) -> int:
+    """How long a payload is made that shall have `size` bytes: whole sectors, if they are large.
+
+    With sectors of 512 bytes a file may end amid the last one, as QEMU leaves it: what is missing counts as zeroes.
+    """
+    return size if sector_size == _SECTOR else size + -size % sector_size
+
+
 class _Part(NamedTuple):
     """A segment at work.
 
@@ -89,8 +97,8 @@ class Payload:
         return there - (there - last.start) % self.alignment
 
     def file_size(self, size: int) -> int:
-        """How long the file has to be for a dynamic payload of at least `size` bytes, in whole sectors."""
-        return size + -size % self.alignment + self._parts[-1].shift
+        """How long the file has to be for a dynamic payload of at least `size` bytes."""
+        return in_sectors(size, self.alignment) + self._parts[-1].shift
 
     def copy_key(self) -> KeyBuffer:
         """A copy of the volume key, for the caller to wipe."""

@@ -19,7 +19,7 @@ from qmpd.block import creation, keyslots, luks_header
 from qmpd.block.keyslot_holder import HeaderAccess, KeyslotHolder
 from qmpd.block.luks_header import HeaderArea, OpenedSlot
 from qmpd.block.node import SECTOR, Data, Extent
-from qmpd.block.payload import Payload
+from qmpd.block.payload import Payload, in_sectors
 from qmpd.block.permissions import Permission
 from qmpd.crypto.luks import LuksHeader, PayloadSegment
 from qmpd.crypto.memory import KeyBuffer
@@ -231,7 +231,7 @@ async def create(graph: Graph, options: Mapping[str, Any]) -> None:
         if payload is not None and size is not None:
             segment = header.segments[0]
             # Nobody gets less than he asked for.
-            await payload.truncate(segment.offset + size + -size % segment.sector_size, preallocation)
+            await payload.truncate(segment.offset + in_sectors(size, segment.sector_size), preallocation)
         if header_disk is not None:
             await header_disk.truncate(header.length)
         for step in plan:
