@@ -30,7 +30,8 @@ _ENDLESS: Final = 1 << 63
 def in_sectors(size: int, sector_size: int) -> int:
     """How long a payload is made that shall have `size` bytes: whole sectors, if they are large.
 
-    With sectors of 512 bytes a file may end amid the last one, as QEMU leaves it: what is missing counts as zeroes.
+    With sectors of 512 bytes a file may end amid the last one, as QEMU leaves it: what is missing counts
+    as zeroes.
     """
     return size if sector_size == _SECTOR else size + -size % sector_size
 
