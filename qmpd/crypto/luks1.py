@@ -370,11 +370,8 @@ def unlocking(
             header.hash_name, stripes.data, header.key_bytes, keyslot.stripes, memory
         )
     with wiped_on_failure(key):
-        yield
-        digest = kdf.pbkdf2(
-            header.hash_name, key.data, header.digest_salt, header.digest_iterations, len(header.digest)
-        )
-    if hmac.compare_digest(digest, header.digest):
+        fits = yield from checking_digest(header, key.data)
+    if fits:
         return key
     key.wipe()
     return None

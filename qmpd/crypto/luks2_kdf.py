@@ -86,11 +86,6 @@ class Kdf:
     cpus: int = 0
 
     @property
-    def memory_bytes(self) -> int:
-        """What a derivation takes."""
-        return self.memory << 10
-
-    @property
     def work(self) -> int:
         """What the time grows with: iterations of PBKDF2, or KiB that argon2's passes go over."""
         return self.iterations * max(1, self.memory)
