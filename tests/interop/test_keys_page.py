@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
 from daemons import CHECKOUT
+from documents import typed
 
 PAGE: Final = (CHECKOUT / "docs" / "keys.md").read_text()
 
@@ -22,28 +21,7 @@ def test_the_commands_of_the_page_about_keys_work(tmp_path: Path) -> None:
     # The checkout that this test is part of, wherever the environment is.
     commands = commands.replace('"$PWD/.venv/bin:$PATH"', f'"{Path(sys.executable).parent}:$PATH"')
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
-    printed = tmp_path / "printed"
-    with printed.open("wb") as output:
-        shell = subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", commands],
-            cwd=CHECKOUT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status = shell.wait(100)
-        finally:
-            try:
-                os.killpg(shell.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-    shown = printed.read_text()
-    assert status == 0, shown
-    assert '"error"' not in shown, shown
-    assert "Traceback" not in shown, shown
+    shown = typed(commands, tmp_path / "printed", environment)
     expected = (
         '"weak": true',
         "-r--------",

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import pytest
 from daemons import RunningDaemon
+from header_disks import PREFIX, HeaderDisk
 
 FIRST: Final = "first"
 SECOND: Final = "second"
 MEBIBYTE: Final = 1 << 20
-PREFIX: Final = "__org.qmpd_"
 
 pytestmark = pytest.mark.peer("cryptsetup")
 
@@ -45,11 +45,12 @@ def blank(path: Path) -> None:
         file.truncate(16 * MEBIBYTE)
 
 
-class Disk:
+class Disk(HeaderDisk):
     """A disk that cryptsetup has made, with its header in front or detached, opened by a qmpd of its own."""
 
     def __init__(self, directory: Path, daemon: RunningDaemon, *, detached: bool) -> None:
-        self.directory, self.daemon, self.detached = directory, daemon.connect(), detached
+        super().__init__(directory, daemon.connect())
+        self.detached = detached
         self.payload = directory / "payload"
         self.header = directory / "header" if detached else self.payload
         with self.payload.open("wb") as file:
@@ -73,28 +74,6 @@ class Disk:
         if self.detached:
             options["header"] = {"driver": "file", "filename": str(self.header)}
         self.daemon.execute("blockdev-add", options)
-
-    def close(self) -> None:
-        self.daemon.execute("blockdev-del", {"node-name": "disk"})
-
-    def job(self, command: str, **arguments: Any) -> str | None:
-        """Run a job to its end and return its error."""
-        daemon = self.daemon
-        daemon.execute(command, {"job-id": "job", "node-name": "disk", **arguments})
-        daemon.wait_event("JOB_STATUS_CHANGE", id="job", status="concluded")
-        (info,) = daemon.execute("query-jobs")
-        daemon.execute("job-dismiss", {"id": "job"})
-        error: str | None = info.get("error")
-        return error
-
-    def backup(self, name: str = "backup") -> Path:
-        path = self.directory / name
-        assert self.job(f"{PREFIX}luks-header-backup", filename=str(path)) is None
-        return path
-
-    def restore(self, path: Path | None, **more: Any) -> str | None:
-        named = {} if path is None else {"filename": str(path)}
-        return self.job(f"{PREFIX}luks-header-restore", **named, **more)
 
     def amend(self, **options: Any) -> None:
         assert self.job("x-blockdev-amend", options={"driver": "luks", **options}) is None

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 import pytest
 from daemons import CommandError, RunningDaemon
+from header_disks import PREFIX, HeaderDisk
 
 from qmpd.crypto.luks1 import Header
 
 PASSWORD: Final = "abc123"
 SECOND: Final = "second"
 MEBIBYTE: Final = 1 << 20
-PREFIX: Final = "__org.qmpd_"
 
 KINDS: Final = ("inline", "detached", "qcow2")
 
@@ -38,11 +38,12 @@ def opens(password: str, header: Path, slot: int | None = None) -> bool:
     )
 
 
-class Disk:
+class Disk(HeaderDisk):
     """An encrypted disk, made by cryptsetup or qemu-img, and opened by a qmpd of its own."""
 
     def __init__(self, kind: str, directory: Path, daemon: RunningDaemon) -> None:
-        self.kind, self.directory, self.daemon = kind, directory, daemon.connect()
+        super().__init__(directory, daemon.connect())
+        self.kind = kind
         self.payload = directory / "payload"
         self.header = directory / ("header" if kind == "detached" else "payload")
         luks_format = ("cryptsetup", "luksFormat", "--type=luks1", "--batch-mode", "--key-file=-")
@@ -85,28 +86,6 @@ class Disk:
             options["encrypt"] = {"format": "luks", "key-secret": options.pop("key-secret")}
             options["driver"] = "qcow2"
         self.daemon.execute("blockdev-add", options)
-
-    def close(self) -> None:
-        self.daemon.execute("blockdev-del", {"node-name": "disk"})
-
-    def job(self, command: str, **arguments: Any) -> str | None:
-        """Run a job to its end and return its error."""
-        daemon = self.daemon
-        daemon.execute(command, {"job-id": "job", "node-name": "disk", **arguments})
-        daemon.wait_event("JOB_STATUS_CHANGE", id="job", status="concluded")
-        (info,) = daemon.execute("query-jobs")
-        daemon.execute("job-dismiss", {"id": "job"})
-        error: str | None = info.get("error")
-        return error
-
-    def backup(self, name: str = "backup") -> Path:
-        path = self.directory / name
-        assert self.job(f"{PREFIX}luks-header-backup", filename=str(path)) is None
-        return path
-
-    def restore(self, path: Path | None, **more: Any) -> str | None:
-        named = {} if path is None else {"filename": str(path)}
-        return self.job(f"{PREFIX}luks-header-restore", **named, **more)
 
     def amend(self, **options: Any) -> None:
         wrapped: Mapping[str, Any] = {"driver": "luks", **options}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Final
 import peers
 import pytest
 from daemons import CHECKOUT
+from documents import typed
 
 README: Final = (CHECKOUT / "README.md").read_text()
 
@@ -77,31 +77,10 @@ def test_the_commands_of_a_section_work(heading: str, tmp_path: Path) -> None:
         used = re.search(rf"(?:^|[|;(&])\s*{re.escape(peer)}\b", commands, re.MULTILINE)
         if used and (reason := peers.missing(peer)):
             (pytest.fail if peers.required() else pytest.skip)(f"missing peer: {reason}")
-    printed = tmp_path / "printed"
     environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     for inherited in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # this may run under `make test`
         environment.pop(inherited, None)
-    with printed.open("wb") as output:
-        shell = subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", commands],
-            cwd=CHECKOUT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status = shell.wait(100)
-        finally:
-            try:
-                os.killpg(shell.pid, signal.SIGKILL)  # what a section started in the background
-            except ProcessLookupError:
-                pass
-    shown = printed.read_text()
-    assert status == 0, shown
-    assert '"error"' not in shown, shown
-    assert "Traceback" not in shown, shown
+    typed(commands, tmp_path / "printed", environment)
 
 
 def test_the_demo_shows_what_the_readme_says() -> None:
