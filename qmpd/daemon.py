@@ -21,6 +21,8 @@ from qmpd.crypto.memory import KeyMemory
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
+from qmpd.machine.config import MachineConfig
+from qmpd.machine.machine import Machine
 from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.server import Monitor
@@ -50,6 +52,7 @@ class Daemon:
         default it goes to the process's standard error output.
     :param cipher_processes: how many processes cipher long requests beside this one.
     :param pbkdf_memory: what key derivations may take together, in KiB; None for what is usual.
+    :param machine: makes it an emulator, with this machine; None for a storage daemon.
     """
 
     def __init__(
@@ -59,9 +62,12 @@ class Daemon:
         announce: Announce | None = None,
         cipher_processes: int = 0,
         pbkdf_memory: int | None = None,
+        machine: MachineConfig | None = None,
     ) -> None:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEEPEST_CALLS))
-        self.schema = load(schema_directory())
+        self.schema = load(
+            schema_directory(), "qapi-schema.json" if machine is None else "system-schema.json"
+        )
         self._events = EventThrottle(self._tell)
         key_memory = KeyMemory()
         #: Whether the system lets keys be locked in memory, so that they are never written to swap.
@@ -78,6 +84,8 @@ class Daemon:
         )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit)
+        #: The machine of an emulator; a storage daemon has none.
+        self._machine = None if machine is None else Machine(machine, self._devices, self._emit, self.quit)
         self._exports = Exports(self._graph, self._emit)
         self._hotplug = Hotplug(self._graph, self._devices, self._exports)
         self._chardevs = Chardevs(announce or _say)
@@ -94,6 +102,7 @@ class Daemon:
             chardevs=self._chardevs.query,
             quit=self._quit_in_order,
             stdout=stdout or sys.stdout,
+            system=self._machine,
         )
         self._dispatcher = Dispatcher(self.schema, table.handlers(self._parts), table.GIVEN_UP)
         self._monitors: list[Monitor] = []
@@ -179,10 +188,18 @@ class Daemon:
             monitor.stop()
         self._ending.set()
 
+    def signalled(self) -> None:
+        """End as a signal wants it."""
+        if self._machine is not None:
+            self._machine.shut_down("host-signal")
+        self.quit()
+
     async def _quit_in_order(self) -> None:
         """The command `quit`: whoever sent it hears of the end of jobs and exports before the reply."""
         for monitor in self._monitors:
             monitor.stop()
+        if self._machine is not None:
+            self._machine.shut_down("host-qmp-quit")
         self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()

@@ -12,20 +12,15 @@ imported once a daemon is to be started.
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Final
 
 from qmpd import __version__
 from qmpd.cli import options
 from qmpd.cli.options import Answered, Option, naming
+from qmpd.cli.process import Settings, exit_status, run_daemon
 from qmpd.errors import Error
 
 PROGRAM: Final = "qmpd"
@@ -119,35 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: without the program's name; those of the process if None.
     :return: the exit status: 0, or 1 after a line, and perhaps a hint below it, on standard error.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        try:
-            return _run(arguments)
-        except Answered as answer:
-            print(answer, flush=True)
-            return 0
-    except Error as error:
-        return _failed(str(error), error.hint)
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(PROGRAM, lambda: _run(given))
 
 
 def _run(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in SUBCOMMANDS:
         status: int = import_module(SUBCOMMANDS[arguments[0]]).run(arguments[1:])
         return status
-    return _run_daemon(_first_pass(arguments))
-
-
-def _failed(reason: str, hint: str = "") -> int:
-    # One line, even if a JSON text was written on several; and perhaps a hint below it.
-    lines = [f"{PROGRAM}: {' '.join(reason.splitlines())}", *hint.splitlines()]
-    print("\n".join(lines), file=sys.stderr, flush=True)
-    return 1
+    found = _first_pass(arguments)
+    return run_daemon(lambda: _settings(found), found)
 
 
 def _first_pass(arguments: Sequence[str]) -> list[Option]:
@@ -163,18 +139,6 @@ def _first_pass(arguments: Sequence[str]) -> list[Option]:
             raise Answered(f"{PROGRAM} version {__version__}")
         found.append(option)
     return found
-
-
-@dataclass
-class Settings:
-    """What the options say about the process itself."""
-
-    pid_file: str | None = None
-    log_level: str = "warning"
-    loop: str = "auto"
-    cipher_processes: int | None = None
-    pbkdf_memory: int | None = None
-    daemonize: bool = False
 
 
 _LOG_LEVELS: Final = ("error", "warning", "info", "debug")
@@ -228,52 +192,3 @@ def _one_of(choice: Sequence[str], value: str) -> str:
     if value not in choice:
         raise Error(f"'{value}' is none of {', '.join(choice)}")
     return value
-
-
-def _run_daemon(found: Sequence[Option]) -> int:
-    # What the start makes stays: looking for garbage in it is in vain.  `serve` switches it on again.
-    gc.disable()
-    # Imported here for the sake of --version: see the head of this file.
-    from qmpd.cli.daemonize import Daemonization, allow_locked_memory, forbid_core_dumps
-    from qmpd.cli.systemd import Notifier, passed_sockets
-
-    # Here, because the arguments may hold a passphrase: in the process that waits for a daemon in the
-    # background as well as in the daemon.
-    forbid_core_dumps()
-    allow_locked_memory()
-    settings = _settings(found)
-    # The process that systemd started has to ask for its sockets, and a fork has to come before the import of
-    # libraries that start threads.
-    sockets = passed_sockets(os.environ)
-    background = Daemonization.begin() if settings.daemonize else None
-
-    from qmpd.cli.serve import serve
-
-    serve(
-        found,
-        pid_file=settings.pid_file,
-        log_level=settings.log_level,
-        loop=settings.loop,
-        cipher_processes=settings.cipher_processes,
-        pbkdf_memory=settings.pbkdf_memory,
-        sockets=sockets,
-        notifier=Notifier(os.environ),
-        background=background,
-    )
-    _leave_threads_behind()
-    return 0
-
-
-def _leave_threads_behind() -> None:
-    """End the process although a thread is still deriving a key, which can't be interrupted.
-
-    Everything has been closed by now, and Python would wait for the thread.
-    """
-    deadline = time.monotonic() + 0.5
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)

@@ -24,6 +24,7 @@ from qmpd.cli.start import Start
 from qmpd.cli.systemd import Notifier, PassedSocket
 from qmpd.daemon import Daemon
 from qmpd.errors import Error, trace
+from qmpd.machine.config import MachineConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def serve(
     sockets: Sequence[PassedSocket],
     notifier: Notifier,
     background: Daemonization | None,
+    machine: MachineConfig | None = None,
 ) -> None:
     """Start a daemon, say that it is ready, and return when it has ended.
 
@@ -55,6 +57,7 @@ def serve(
     :param sockets: passed by systemd, to be served too.
     :param notifier: told when the daemon is ready and when it stops.
     :param background: completed when the daemon is ready; None in the foreground.
+    :param machine: the machine of an emulator; None for a storage daemon.
     :raise Error: it could not be started.
     :raise Answered: an option was a question.
     """
@@ -65,7 +68,9 @@ def serve(
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
         if cipher_processes is None:
             cipher_processes = min(_MOST_CIPHER_PROCESSES, len(os.sched_getaffinity(0)) - 1)
-        make_daemon = partial(Daemon, cipher_processes=cipher_processes, pbkdf_memory=pbkdf_memory)
+        make_daemon = partial(
+            Daemon, cipher_processes=cipher_processes, pbkdf_memory=pbkdf_memory, machine=machine
+        )
         runner.run(_live(found, make_daemon, pid_file, sockets, notifier, background))
 
 
@@ -148,7 +153,7 @@ class _Ending:
         if self._starting is not None:
             self._starting.cancel()
         else:
-            self._daemon.quit()
+            self._daemon.signalled()
 
     async def interruptible(self, start: Coroutine[object, object, None]) -> None:
         """Wait for the start's end, or for a signal."""

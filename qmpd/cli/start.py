@@ -162,6 +162,7 @@ _ACTIONS: Final[Mapping[str, Callable[[Start, Option], Awaitable[None]]]] = {
     "device": Start._device,
     "device-exports": Start._device_exports,
     "export": Start._export,
+    "mon": Start._monitor,
     "monitor": Start._monitor,
     "nbd-server": Start._nbd_server,
     "object": Start._object,

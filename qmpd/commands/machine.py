@@ -10,7 +10,7 @@ from qmpd.commands.parts import Handler, Parts
 
 def system_reset(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """Start the machine over."""
-    parts.devices.reset()
+    (parts.system or parts.devices).reset()
     return {}
 
 

@@ -10,6 +10,7 @@ from qmpd.block.graph import Graph
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
+from qmpd.machine.machine import Machine
 from qmpd.qapi import Schema
 from qmpd.qom.devices import Devices
 from qmpd.qom.tree import ObjectTree
@@ -26,6 +27,7 @@ class Parts:
     :param chardevs: lists the character devices (ChardevInfo).
     :param quit: makes the daemon end once the reply is on its way.
     :param stdout: where qemu-io's output goes.
+    :param system: the machine of an emulator; None in a storage daemon.
     """
 
     schema: Schema
@@ -40,6 +42,18 @@ class Parts:
     chardevs: Callable[[], list[dict[str, Any]]]
     quit: Callable[[], Awaitable[None]]
     stdout: TextIO
+    system: Machine | None = None
+
+    @property
+    def is_system(self) -> bool:
+        """Whether there is a machine."""
+        return self.system is not None
+
+    @property
+    def machine(self) -> Machine:
+        """The machine, for commands that only a daemon with one has."""
+        assert self.system is not None, "a storage daemon has none of the commands that ask for a machine"
+        return self.system
 
 
 #: Takes the parts and the validated arguments; returns a plain value in QAPI's names, or an awaitable of one.

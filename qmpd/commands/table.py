@@ -11,13 +11,17 @@ from qmpd.commands import (
     block_export,
     char,
     control,
+    emulator,
+    fds,
     introspect,
     job,
     luks,
     machine,
+    migration,
     misc,
     qdev,
     qom,
+    run_state,
     transaction,
 )
 from qmpd.commands.parts import Parts
@@ -27,6 +31,7 @@ _MODULES: Final = (
     block_export,
     char,
     control,
+    fds,
     introspect,
     job,
     luks,
@@ -36,6 +41,9 @@ _MODULES: Final = (
     qom,
     transaction,
 )
+
+#: Of the program that stands for an emulator.
+_SYSTEM_MODULES: Final = (emulator, migration, run_state)
 
 #: What is cancelled when the client that wants it goes away: it may have a key derived, which takes long,
 #: and undoes all of itself.
@@ -48,7 +56,8 @@ def handlers(parts: Parts) -> dict[str, Callable[[dict[str, Any]], Any]]:
     :raise ValueError: if a command has two.
     """
     table: dict[str, Callable[[dict[str, Any]], Any]] = {}
-    for module in _MODULES:
+    modules = _MODULES + _SYSTEM_MODULES if parts.is_system else _MODULES
+    for module in modules:
         for name, handler in module.HANDLERS.items():
             if name in table:
                 raise ValueError(f"command with two handlers: {name}")

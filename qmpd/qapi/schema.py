@@ -204,12 +204,12 @@ def _parts(type_: Type) -> list[str]:
             return []
 
 
-def load(directory: str | Path) -> Schema:
-    """Load ``qapi-schema.json`` and what it includes from a directory.
+def load(directory: str | Path, file: str = "qapi-schema.json") -> Schema:
+    """Load a schema file and what it includes from a directory.
 
     :raise SchemaError: with file, line and column.
     """
-    expressions, _ = parse_file(Path(directory) / "qapi-schema.json")
+    expressions, _ = parse_file(Path(directory) / file)
     return Schema(resolve(expressions))
 
 

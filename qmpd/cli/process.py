@@ -1,0 +1,123 @@
+"""From settings to a running daemon, and from what went wrong to an exit status.
+
+Both programs, ``qmpd`` and ``qmpd-system-x86_64``, begin and end here.  Importing
+this is cheap on purpose: the daemon and its dependencies are only imported once a
+daemon is to be started.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qmpd.cli.options import Answered, Option
+from qmpd.errors import Error
+
+if TYPE_CHECKING:
+    from qmpd.machine.config import MachineConfig
+
+
+@dataclass
+class Settings:
+    """What the options say about the process itself."""
+
+    pid_file: str | None = None
+    log_level: str = "warning"
+    loop: str = "auto"
+    cipher_processes: int | None = None
+    pbkdf_memory: int | None = None
+    daemonize: bool = False
+
+
+def exit_status(program: str, run: Callable[[], int]) -> int:
+    """Run a program's body.
+
+    :param program: its name, for what is said of errors.
+    :return: what `run` returns; 0 if a question was answered; 1 after a line, and perhaps a hint
+        below it, on standard error.
+    """
+    try:
+        try:
+            return run()
+        except Answered as answer:
+            print(answer, flush=True)
+            return 0
+    except Error as error:
+        # One line, even if a JSON text was written on several; and perhaps a hint below it.
+        lines = [f"{program}: {' '.join(str(error).splitlines())}", *error.hint.splitlines()]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def run_daemon(
+    read_settings: Callable[[], Settings], found: Sequence[Option], machine: MachineConfig | None = None
+) -> int:
+    """Run a daemon until it ends.
+
+    :param read_settings: what the options say about the process; may raise errors about them.
+    :param found: what to start with, in order.
+    :param machine: the machine of an emulator; None for a storage daemon.
+    :return: the exit status.
+    :raise Error: it could not be started.
+    :raise Answered: an option was a question.
+    """
+    # What the start makes stays: looking for garbage in it is in vain.  `serve` switches it on again.
+    gc.disable()
+    # Imported here for the sake of --version: see the head of this file.
+    from qmpd.cli.daemonize import Daemonization, allow_locked_memory, forbid_core_dumps
+    from qmpd.cli.systemd import Notifier, passed_sockets
+
+    # Here, because the arguments may hold a passphrase: in the process that waits for a daemon in the
+    # background as well as in the daemon.
+    forbid_core_dumps()
+    allow_locked_memory()
+    settings = read_settings()
+    # The process that systemd started has to ask for its sockets, and a fork has to come before the import of
+    # libraries that start threads.
+    sockets = passed_sockets(os.environ)
+    background = Daemonization.begin() if settings.daemonize else None
+
+    from qmpd.cli.serve import serve
+
+    serve(
+        found,
+        pid_file=settings.pid_file,
+        log_level=settings.log_level,
+        loop=settings.loop,
+        cipher_processes=settings.cipher_processes,
+        pbkdf_memory=settings.pbkdf_memory,
+        sockets=sockets,
+        notifier=Notifier(os.environ),
+        background=background,
+        machine=machine,
+    )
+    _leave_threads_behind()
+    return 0
+
+
+def _leave_threads_behind() -> None:
+    """End the process although a thread is still deriving a key, which can't be interrupted.
+
+    Everything has been closed by now, and Python would wait for the thread.
+    """
+    deadline = time.monotonic() + 0.5
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)

@@ -1,0 +1,10 @@
+"""Commands of `schema/migration.json`: there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from qmpd.commands.parts import Handler
+
+HANDLERS: Final[Mapping[str, Handler]] = {}
