@@ -10,7 +10,9 @@ graph opens them (:meth:`qmpd.block.graph.Graph.add`).
 
 from __future__ import annotations
 
+import os
 import posixpath
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -84,8 +86,20 @@ def options_for(name: str, image_format: str | None) -> dict[str, Any]:
     elif has_protocol(name) and not name.startswith(_FILE):
         raise Error(f"Unknown protocol '{name.partition(':')[0]}'")
     else:
-        options = {"file": {"driver": "file", "filename": name.removeprefix(_FILE)}}
+        # "file:" leaves no choice.
+        driver = "file" if name.startswith(_FILE) else _protocol_driver(name)
+        options = {"file": {"driver": driver, "filename": name.removeprefix(_FILE)}}
     return options if image_format is None else {**options, "driver": image_format}
+
+
+def _protocol_driver(filename: str) -> str:
+    """The driver that opens a file of the host: devices have one of their own."""
+    try:
+        mode = os.stat(filename).st_mode
+    except OSError:
+        # Let the driver say what is wrong.
+        return "file"
+    return "host_device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "file"
 
 
 def _json_options(name: str) -> dict[str, Any]:

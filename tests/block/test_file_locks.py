@@ -137,11 +137,11 @@ async def test_a_file_that_can_not_be_opened_for_writing_keeps_its_locks(
     )
     Backend(graph, perm=READ, shared=ALL & ~Permission.RESIZE).attach(node)
 
-    def refuse(filename: str, flags: int) -> int:
+    def refuse(kind: object, driver: str, filename: str, flags: int) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:
-        patch.setattr("qmpd.block.drivers.file.open_regular", refuse)
+        patch.setattr("qmpd.block.drivers.file.open_kind", refuse)
         with pytest.raises(Error, match=f"^Could not open '{image}': Permission denied$"):
             Backend(graph, perm=WRITE).attach(node)
     assert locked(image) == [100, 203]

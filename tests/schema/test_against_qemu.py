@@ -45,7 +45,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     (
         "blockdev-add.driver",
         "blkdebug blklogwrites blkreplay blkverify bochs cloop compress copy-before-write copy-on-read dmg "
-        "ftp ftps gluster host_cdrom host_device http https iscsi nbd nfs nvme parallels preallocate qcow "
+        "ftp ftps gluster host_cdrom http https iscsi nbd nfs nvme parallels preallocate qcow "
         "qed quorum rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat",
         LATER,
     ),

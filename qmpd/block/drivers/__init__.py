@@ -22,6 +22,7 @@ Create = Callable[["Graph", Mapping[str, Any]], Awaitable[None]]
 _CLASSES: Final[Mapping[str, tuple[str, str]]] = {
     "file": ("file", "FileNode"),
     "gluks": ("luks", "GluksNode"),
+    "host_device": ("host_device", "HostDeviceNode"),
     "luks": ("luks", "LuksNode"),
     "null-aio": ("null", "NullAioNode"),
     "null-co": ("null", "NullCoNode"),

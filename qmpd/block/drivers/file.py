@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qmpd.block import allocation, creation
@@ -37,16 +38,29 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 _PIECE = 1 << 20
 
 
-def open_regular(filename: str, flags: int) -> int:
-    """A descriptor of a regular file; never waits for a FIFO's other end.
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What kind of file a driver opens.
 
+    :param types: the file types, as in `st_mode` (stat(2)).
+    :param words: the same for messages.
+    """
+
+    types: frozenset[int]
+    words: str
+
+
+def open_kind(kind: Kind, driver: str, filename: str, flags: int) -> int:
+    """A descriptor of a file of some kind; never waits for a FIFO's other end.
+
+    :param driver: the name of the driver that wants it.
     :raise OSError: as open(2).
-    :raise Error: if it is no regular file.
+    :raise Error: if it is of another kind.
     """
     descriptor = os.open(filename, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if stat.S_IFMT(os.fstat(descriptor).st_mode) not in kind.types:
         os.close(descriptor)
-        raise Error(f"'file' driver requires '{filename}' to be a regular file")
+        raise Error(f"'{driver}' driver requires '{filename}' to be {kind.words}")
     return descriptor
 
 
@@ -93,6 +107,7 @@ class FileNode(Node):
     """One regular file, opened for as much as its options allow."""
 
     driver = "file"
+    kind = Kind(frozenset({stat.S_IFREG}), "a regular file")
     is_protocol = True
     changeable_options = frozenset({"drop-cache"})
 
@@ -113,7 +128,7 @@ class FileNode(Node):
         self._discards_failed = 0
         self._discarded_bytes = 0
         if not self._filename:
-            raise Error("The 'file' block driver requires a file name")
+            raise Error(f"The '{self.driver}' block driver requires a file name")
         if options.get("aio") == "native" and not node_options.direct:
             raise Error("aio=native was specified, but it requires cache.direct=on, which was not specified.")
 
@@ -125,7 +140,11 @@ class FileNode(Node):
         if self._shall_lock(self.options.get("locking", "auto")):
             self._lock_descriptor = os.dup(self._descriptor)
             self._locks = ImageLocks(self._lock_descriptor, self._filename)
-        self._size = os.fstat(self._descriptor).st_size
+        self._size = self._measure()
+
+    def _measure(self) -> int:
+        """How many bytes there are."""
+        return os.fstat(self._descriptor).st_size
 
     def _shall_lock(self, locking: str) -> bool:
         """Whether to lock the image.
@@ -176,9 +195,10 @@ class FileNode(Node):
 
     def _try_open(self, filename: str, writable: bool) -> tuple[int, int]:
         flags = os.O_RDWR if writable else os.O_RDONLY
-        descriptor = open_regular(filename, flags)
+        descriptor = open_kind(self.kind, self.driver, filename, flags)
         try:
-            direct = open_regular(filename, flags | os.O_DIRECT) if self.node_options.direct else -1
+            past_cache = self.node_options.direct
+            direct = open_kind(self.kind, self.driver, filename, flags | os.O_DIRECT) if past_cache else -1
         except BaseException:
             os.close(descriptor)
             raise
@@ -363,12 +383,16 @@ class FileNode(Node):
         raise NotSupported
 
     async def _pdiscard(self, offset: int, length: int) -> None:
-        if await self._fallocate(allocation.PUNCH_HOLE | allocation.KEEP_SIZE, offset, length):
+        if await self._give_back(offset, length):
             self._discards_done += 1
             self._discarded_bytes += length
         else:
             self._discards_failed += 1
             raise NotSupported
+
+    async def _give_back(self, offset: int, length: int) -> bool:
+        """Give back the space of some bytes; whether that could be done."""
+        return await self._fallocate(allocation.PUNCH_HOLE | allocation.KEEP_SIZE, offset, length)
 
     async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """Whether the file system could do it."""
