@@ -51,6 +51,16 @@ def query_memory_size_summary(parts: Parts, arguments: dict[str, Any]) -> dict[s
     return {"base-memory": parts.machine.config.memory, "plugged-memory": 0}
 
 
+def device_list_properties(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The properties of a type of devices."""
+    return parts.objects.list_properties(arguments["typename"])
+
+
+def query_command_line_options(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Options of the command line."""
+    return []
+
+
 def _empty(parts: Parts, arguments: dict[str, Any]) -> list[Any]:
     return []
 
@@ -63,6 +73,8 @@ def _refusal(error_class: type[Error], text: str) -> Handler:
 
 
 HANDLERS: Final[Mapping[str, Handler]] = {
+    "device-list-properties": device_list_properties,
+    "query-command-line-options": query_command_line_options,
     "query-target": query_target,
     "query-kvm": query_kvm,
     "query-machines": query_machines,
