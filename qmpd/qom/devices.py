@@ -221,7 +221,10 @@ class Devices:
         if "addr" in given and "addr" in known:
             given["addr"] = pci_address(model.name, given["addr"])
         values = schema.coerce(model.struct, given)
-        schema.validate(model.struct, values)
+        if not device.hotplugged and all(isinstance(value, str) for value in given.values()):
+            schema.validate_option(model.struct, values)
+        else:
+            schema.validate(model.struct, values)
         if values.get("scsi"):
             raise Error("Parameter 'scsi' can only be off: virtio-blk passes no SCSI requests on any more")
         for name in _SIZES_32:
