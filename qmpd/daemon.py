@@ -86,6 +86,8 @@ class Daemon:
         self._devices = Devices(self._graph, self._objects, self._emit)
         #: The machine of an emulator; a storage daemon has none.
         self._machine = None if machine is None else Machine(machine, self._devices, self._emit, self.quit)
+        if self._machine is not None:
+            self._objects.machine()
         self._exports = Exports(self._graph, self._emit)
         self._hotplug = Hotplug(self._graph, self._devices, self._exports)
         self._chardevs = Chardevs(announce or _say)

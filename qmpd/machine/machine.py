@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from uuid import UUID
 
 from qmpd.machine.config import MachineConfig
 from qmpd.qom.devices import Devices
@@ -22,6 +23,9 @@ class Machine:
 
     def __init__(self, config: MachineConfig, devices: Devices, emit: Emit, end: Callable[[], None]) -> None:
         self.config = config
+        #: All zeros if it was given none.
+        self.uuid = UUID(config.uuid) if config.uuid is not None else UUID(int=0)
+        self._migration_capabilities = {"events": False}
         self._devices = devices
         self._emit = emit
         self._end = end
@@ -64,6 +68,17 @@ class Machine:
         :param reason: a ShutdownCause.
         """
         self._emit("SHUTDOWN", {"guest": guest, "reason": reason})
+
+    def set_migration_capabilities(self, wanted: Iterable[Mapping[str, Any]]) -> None:
+        """Remember what migrations are to do.
+
+        :param wanted: MigrationCapabilityStatus, validated.
+        """
+        self._migration_capabilities.update((each["capability"], each["state"]) for each in wanted)
+
+    def migration_capabilities(self) -> list[dict[str, Any]]:
+        """What migrations are to do (MigrationCapabilityStatus)."""
+        return [{"state": state, "capability": name} for name, state in self._migration_capabilities.items()]
 
     def _switch_off(self) -> None:
         self._button_pressed = False

@@ -229,6 +229,14 @@ class ObjectTree:
         if not isinstance(self.objects.children.get(iothread_id), IOThread):
             raise Error(f'iothread "{iothread_id}" not found')
 
+    def iothreads(self) -> list[dict[str, Any]]:
+        """The I/O threads (IOThreadInfo)."""
+        return [
+            {"id": name, **each.info()}
+            for name, each in self.objects.children.items()
+            if isinstance(each, IOThread)
+        ]
+
     def tls_server_context(self, credentials_id: str, authorization_id: str | None = None) -> ssl.SSLContext:
         """What a server needs for the TLS credentials with this id.
 
