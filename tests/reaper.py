@@ -34,7 +34,7 @@ class _Told(Exception):
 
 
 def main(command: Sequence[str]) -> int:
-    """Run *command*, reap, end what is left, and return the command's exit status (128 and more: a signal)."""
+    """Run *command*, reap, end what is left; return the command's exit status (from 128 on: a signal)."""
     libc = ctypes.CDLL(None, use_errno=True)
     for option, value in ((_PR_SET_CHILD_SUBREAPER, 1), (_PR_SET_PDEATHSIG, signal.SIGTERM)):
         if libc.prctl(option, value, 0, 0, 0):

@@ -544,7 +544,12 @@ kind=unknown
 part_define
 part_start
 # What it is it says itself.
-if monitor acc query-commands | grep --quiet '"__org.qmpd_'; then kind=qmpd; else kind=QEMU; fi
+if ! commands=$(monitor acc query-commands 2>&1); then
+    sed 's/^/# /' "$HOME/.cache/libvirt/qemu/log/acc.log"
+    echo "Bail out! The domain does not run."
+    exit 1
+fi
+case $commands in *'"__org.qmpd_'*) kind=qmpd ;; *) kind=QEMU ;; esac
 echo "# $emulator is $kind"
 for part in "${parts[@]}"; do
     echo "# $part"
