@@ -35,6 +35,11 @@ class MachineType:
     alias: str | None = None
     default: bool = False
 
+    @property
+    def has_power_button(self) -> bool:
+        """Whether anything is there that `system_powerdown` could reach."""
+        return self.family != "none"
+
     def info(self) -> dict[str, Any]:
         """What `query-machines` says of it (MachineInfo)."""
         return {
