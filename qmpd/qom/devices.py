@@ -397,7 +397,7 @@ class Devices:
     def forget_failures(self) -> None:
         """Call every disk's I/O status good again, as `cont` does."""
         for device in self._all():
-            if device.inner.backend is not None:
+            if isinstance(device.inner.backend, GuestDisk):
                 device.inner.backend.forget_failure()
 
     def close(self) -> None:
