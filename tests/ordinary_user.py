@@ -104,7 +104,8 @@ def _python() -> Path:
     name = f"python3.{sys.version_info.minor}"
     candidates = (Path(sys.executable).resolve(), Path("/usr/bin", name), Path("/usr/local/bin", name))
     for python in candidates:
-        check = [*_as_user(), str(python), "-c", "import ssl, venv"]
+        # setpriv still has root's rights when it looks for a program, env has not.
+        check = [*_as_user(), "env", str(python), "-c", "import ssl, venv"]
         try:
             if subprocess.run(check, capture_output=True, check=False, cwd="/").returncode == 0:
                 return python
