@@ -202,7 +202,7 @@ class Daemon:
     def signalled(self) -> None:
         """End as a signal wants it."""
         if self._machine is not None:
-            self._machine.shut_down("host-signal")
+            self._machine.tell_shutdown("host-signal")
         self.quit()
 
     async def _quit_in_order(self) -> None:
@@ -210,7 +210,7 @@ class Daemon:
         for monitor in self._monitors:
             monitor.stop()
         if self._machine is not None:
-            self._machine.shut_down("host-qmp-quit")
+            self._machine.tell_shutdown("host-qmp-quit")
         self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()
@@ -218,6 +218,8 @@ class Daemon:
 
     async def close(self) -> None:
         """Take everything down, top first: clients get their last replies and events."""
+        if self._machine is not None:
+            self._machine.close()
         self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()

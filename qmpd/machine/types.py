@@ -35,6 +35,11 @@ class MachineType:
     alias: str | None = None
     default: bool = False
 
+    @property
+    def has_power_button(self) -> bool:
+        """Whether anything is there that `system_powerdown` could reach."""
+        return self.family != "none"
+
     def info(self) -> dict[str, Any]:
         """What `query-machines` says of it (MachineInfo)."""
         return {
@@ -71,6 +76,14 @@ _BY_ALIAS: Final[Mapping[str, MachineType]] = {type_.alias: type_ for type_ in _
 
 #: What is taken if none is asked for.
 DEFAULT: Final = next(type_ for type_ in _TYPES if type_.default)
+
+
+def infos(*, compat_props: bool) -> list[dict[str, Any]]:
+    """What `query-machines` answers (MachineInfo).
+
+    :param compat_props: also say what a version changes in devices, which is nothing.
+    """
+    return [type_.info() | ({"compat-props": []} if compat_props else {}) for type_ in TYPES.values()]
 
 
 def find(name: str) -> MachineType:

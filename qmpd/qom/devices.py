@@ -44,10 +44,10 @@ from qmpd.qom.types import TYPES
 
 Emit = Callable[[str, dict[str, Any]], None]
 
-#: Seconds between `device_del` of a virtio device and its DEVICE_DELETED.  In QEMU a
-#: guest's answer lies between the two.  libvirt begins to wait for the event when it
-#: has the reply; one that arrives in the same burst is looked at before that, as if
-#: the guest had unplugged the device by itself.
+#: Seconds between `device_del` and DEVICE_DELETED.  In QEMU a guest's answer lies between
+#: the two; a SCSI disk needs none, and its event comes about as late.  libvirt begins to
+#: wait for the event when it has the reply; one that arrives in the same burst is looked
+#: at before that, as if the guest had unplugged the device by itself.
 _EVENT_DELAY: Final = 0.02
 
 #: The members of `device_add` itself; all others are properties.
@@ -405,14 +405,7 @@ class Devices:
         :param device_id: its id, or its path in the object tree.
         :raise Error: if it is not there or can't be unplugged.
         """
-        device = self.removable(device_id)
-        events = self._unplug(device)
-        if device.model.bus == "SCSI":
-            # A SCSI disk needs no answer of the guest in QEMU either.
-            for event in events:
-                self._emit("DEVICE_DELETED", event)
-            return
-        self._waiting_events += events
+        self._waiting_events += self._unplug(self.removable(device_id))
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_EVENT_DELAY, self.send_deleted)
 
@@ -448,6 +441,12 @@ class Devices:
         """Start the machine over, as `system_reset` does; devices keep their state."""
         self._emit("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
         self.send_deleted()
+
+    def forget_failures(self) -> None:
+        """Call every disk's I/O status good again, as `cont` does."""
+        for device in self._all():
+            if isinstance(device.inner.backend, GuestDisk):
+                device.inner.backend.forget_failure()
 
     def close(self) -> None:
         """Send the events that are due, and let go of all nodes."""
