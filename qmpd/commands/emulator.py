@@ -47,7 +47,7 @@ def query_memory_size_summary(parts: Parts, arguments: dict[str, Any]) -> dict[s
 
 def device_list_properties(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The properties of a type of devices."""
-    return parts.objects.list_properties(arguments["typename"])
+    return parts.objects.list_device_properties(arguments["typename"])
 
 
 def query_command_line_options(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:

@@ -133,6 +133,13 @@ class Schema:
         """
         self._check(type_name, value, JSON_STYLE)
 
+    def validate_option(self, type_name: str, value: object) -> None:
+        """Check a value that stood in an option as ``key=value,...``.
+
+        :raise Error: in the words for options, about the first thing that is wrong.
+        """
+        self._check(type_name, value, OPTION_STYLE)
+
     def _check(self, type_name: str, value: object, style: Style) -> None:
         validator = self._validators.get(type_name)
         if validator is None:
