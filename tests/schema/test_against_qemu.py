@@ -22,7 +22,7 @@ from typing import Any, Final
 import pytest
 from daemons import RunningDaemon
 
-from qmpd.qapi import load, schema_directory
+from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, load, schema_directory
 
 Entity = Mapping[str, Any]
 
@@ -300,7 +300,7 @@ class Comparison:
         return entity["meta-type"], entity.get("json-type", "")
 
 
-def own_introspection(file: str = "qapi-schema.json") -> dict[str, Entity]:
+def own_introspection(file: str = STORAGE_SCHEMA) -> dict[str, Entity]:
     return {entity["name"]: entity for entity in load(schema_directory(), file).introspection()}
 
 
@@ -363,7 +363,7 @@ def emulator_introspection() -> dict[str, Entity]:
 @pytest.fixture(scope="module")
 def emulators() -> Comparison:
     """Our emulator's introspection beside that of qemu-system-x86_64, nothing compared yet."""
-    return Comparison(own_introspection("system-schema.json"), emulator_introspection())
+    return Comparison(own_introspection(SYSTEM_SCHEMA), emulator_introspection())
 
 
 @pytest.mark.peer("qemu-system-x86_64")
