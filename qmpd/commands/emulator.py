@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from qmpd.commands.parts import Handler, Parts
 from qmpd.errors import Error
-from qmpd.machine import absent, types
+from qmpd.machine import absent, command_line, types
 
 
 def query_target(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def device_list_properties(parts: Parts, arguments: dict[str, Any]) -> list[dict
 
 
 def query_command_line_options(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Options of the command line."""
-    return []
+    """The options of the command line."""
+    return list(command_line.options(arguments.get("option")))
 
 
 def _empty(parts: Parts, arguments: dict[str, Any]) -> list[Any]:
