@@ -21,15 +21,19 @@ from qmpd.crypto.memory import KeyMemory
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
+from qmpd.machine import types
 from qmpd.machine.config import MachineConfig
 from qmpd.machine.machine import Machine
+from qmpd.machine.properties import properties
 from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.qtest import QtestConnection
 from qmpd.monitor.server import Monitor
 from qmpd.monitor.throttle import EventThrottle
-from qmpd.qapi import load, schema_directory
+from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, load, schema_directory
+from qmpd.qom.boards import BOARDS, Board
 from qmpd.qom.devices import Devices
+from qmpd.qom.machine import MachineObject
 from qmpd.qom.object import Chardev as ChardevObject
 from qmpd.qom.tree import ObjectTree
 
@@ -66,14 +70,19 @@ class Daemon:
         machine: MachineConfig | None = None,
     ) -> None:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEEPEST_CALLS))
-        self.schema = load(
-            schema_directory(), "qapi-schema.json" if machine is None else "system-schema.json"
-        )
+        self.schema = load(schema_directory(), STORAGE_SCHEMA if machine is None else SYSTEM_SCHEMA)
         self._events = EventThrottle(self._tell)
         key_memory = KeyMemory()
         #: Whether the system lets keys be locked in memory, so that they are never written to swap.
         self.locks_keys = key_memory.take(1).locked
-        self._objects = ObjectTree(self.schema, key_memory)
+        board: Board | None = None
+        if machine is None:
+            self._objects = ObjectTree(self.schema, key_memory)
+        else:
+            machine_type = types.find(machine.type)
+            shown = MachineObject(machine_type.name, properties(machine))
+            self._objects = ObjectTree(self.schema, key_memory, shown, types.TYPES)
+            board = BOARDS[machine_type.family]
         self._graph = Graph(
             DRIVERS,
             secrets=self._objects.secret_bytes,
@@ -84,11 +93,9 @@ class Daemon:
             corrupted=self._image_corrupted,
         )
         self._jobs = Jobs(self._emit)
-        self._devices = Devices(self._graph, self._objects, self._emit)
+        self._devices = Devices(self._graph, self._objects, self._emit, board)
         #: The machine of an emulator; a storage daemon has none.
         self._machine = None if machine is None else Machine(machine, self._devices, self._emit, self.quit)
-        if self._machine is not None:
-            self._objects.machine()
         self._exports = Exports(self._graph, self._emit)
         self._hotplug = Hotplug(self._graph, self._devices, self._exports)
         self._chardevs = Chardevs(announce or _say)

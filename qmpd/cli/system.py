@@ -64,7 +64,7 @@ def _run(arguments: Sequence[str]) -> int:
     config, memory = machine_config(found, PROGRAM)
     if memory is not None:
         found.append(Option("memory", memory, ""))
-    return run_daemon(lambda: read_settings(found), _in_order(found), config)
+    return run_daemon(PROGRAM, lambda: read_settings(found), _in_order(found), config)
 
 
 def _in_order(found: Sequence[Option]) -> list[Option]:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qmpd.commands.parts import Handler, Parts
-from qmpd.errors import Error
-from qmpd.machine import absent, command_line, types
+from qmpd.machine import command_line, cpu_models, types
 
 
 def query_target(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -15,14 +14,9 @@ def query_target(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"arch": "x86_64"}
 
 
-def query_kvm(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Whether the kernel runs the guest."""
-    return {"enabled": False, "present": False}
-
-
 def query_machines(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The types of machines."""
-    return [machine_type.info() for machine_type in types.TYPES.values()]
+    return types.infos(compat_props=arguments.get("compat-props", False))
 
 
 def query_current_machine(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +47,7 @@ def query_memory_size_summary(parts: Parts, arguments: dict[str, Any]) -> dict[s
 
 def device_list_properties(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The properties of a type of devices."""
-    return parts.objects.list_properties(arguments["typename"])
+    return parts.objects.list_device_properties(arguments["typename"])
 
 
 def query_command_line_options(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -61,28 +55,26 @@ def query_command_line_options(parts: Parts, arguments: dict[str, Any]) -> list[
     return list(command_line.options(arguments.get("option")))
 
 
-def _empty(parts: Parts, arguments: dict[str, Any]) -> list[Any]:
-    return []
+def query_cpu_definitions(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models of processors that may be asked for."""
+    return cpu_models.definitions()
 
 
-def _refusal(error_class: type[Error], text: str) -> Handler:
-    def refuse(parts: Parts, arguments: dict[str, Any]) -> None:
-        raise error_class(text)
-
-    return refuse
+def query_cpu_model_expansion(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a model of processors has."""
+    return cpu_models.expansion(arguments["type"], arguments["model"])
 
 
 HANDLERS: Final[Mapping[str, Handler]] = {
     "device-list-properties": device_list_properties,
     "query-command-line-options": query_command_line_options,
     "query-target": query_target,
-    "query-kvm": query_kvm,
     "query-machines": query_machines,
+    "query-cpu-definitions": query_cpu_definitions,
+    "query-cpu-model-expansion": query_cpu_model_expansion,
     "query-current-machine": query_current_machine,
     "query-iothreads": query_iothreads,
     "query-name": query_name,
     "query-uuid": query_uuid,
     "query-memory-size-summary": query_memory_size_summary,
-    **dict.fromkeys(absent.LISTS, _empty),
-    **{name: _refusal(*refusal) for name, refusal in absent.REFUSALS.items()},
 }

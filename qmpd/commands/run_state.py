@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qmpd.commands.parts import Handler, Parts
-from qmpd.errors import Error
 
 
 def query_status(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -32,11 +31,6 @@ def system_powerdown(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def system_wakeup(parts: Parts, arguments: dict[str, Any]) -> None:
-    """Wake the machine up."""
-    raise Error("wake-up from suspend is not supported by this guest")
-
-
 def set_action(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """Say what is done when something happens."""
     parts.machine.set_actions(arguments)
@@ -54,7 +48,6 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "stop": stop,
     "cont": cont,
     "system_powerdown": system_powerdown,
-    "system_wakeup": system_wakeup,
     "set-action": set_action,
     "watchdog-set-action": watchdog_set_action,
 }

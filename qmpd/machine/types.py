@@ -78,6 +78,14 @@ _BY_ALIAS: Final[Mapping[str, MachineType]] = {type_.alias: type_ for type_ in _
 DEFAULT: Final = next(type_ for type_ in _TYPES if type_.default)
 
 
+def infos(*, compat_props: bool) -> list[dict[str, Any]]:
+    """What `query-machines` answers (MachineInfo).
+
+    :param compat_props: also say what a version changes in devices, which is nothing.
+    """
+    return [type_.info() | ({"compat-props": []} if compat_props else {}) for type_ in TYPES.values()]
+
+
 def find(name: str) -> MachineType:
     """Return the type with this name or alias.
 
