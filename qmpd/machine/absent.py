@@ -32,6 +32,11 @@ ANSWERS: Final[Mapping[str, Any]] = {
 REFUSALS: Final[Mapping[str, tuple[type[Error], str]]] = {
     "balloon": _NO_BALLOON,
     "query-balloon": _NO_BALLOON,
+    "migrate-pause": (
+        Error,
+        "migrate-pause is currently only supported during postcopy-active or postcopy-recover state",
+    ),
+    "migrate-recover": (Error, "Migrate recover can only be run when postcopy is paused."),
     "query-hotpluggable-cpus": (Error, "machine does not support hot-plugging CPUs"),
     "query-vm-generation-id": (Error, "VM Generation ID device not found"),
     "system_wakeup": (Error, "wake-up from suspend is not supported by this guest"),
