@@ -37,6 +37,44 @@ def encoded(text: str) -> bytes:
     return os.fsencode(text).replace(b"\0", b"\xc0\x80")
 
 
+#: Host and port as people write them; a colon is in a host only between brackets.
+_WRITTEN_INET: Final = re.compile(
+    r"(?:\[(?P<bracketed>[^\]]{1,64})\]|(?P<host>[^:]{1,64})|(?=:)):(?P<port>[^,]{1,32})(?P<options>,.*)?",
+    re.DOTALL,
+)
+
+
+def written_address(text: str) -> dict[str, Any]:
+    """A SocketAddress as people write it: ``HOST:PORT``, ``tcp:HOST:PORT``, ``unix:PATH``, ``fd:NAME``,
+    ``vsock:CID:PORT``.
+
+    :raise Error: if it is none.
+    """
+    kind, _, rest = text.partition(":")
+    match kind:
+        case "unix" if not rest:
+            raise Error("invalid Unix socket address")
+        case "unix":
+            return {"type": "unix", "path": rest}
+        case "fd" if not rest:
+            raise Error("invalid file descriptor address")
+        case "fd":
+            return {"type": "fd", "str": rest}
+        case "vsock":
+            cid, _, port = rest.partition(":")
+            if not cid or not port:
+                raise Error(f"error parsing address '{rest}'")
+            return {"type": "vsock", "cid": cid, "port": port}
+    text = text.removeprefix("tcp:")
+    found = _WRITTEN_INET.fullmatch(text)
+    if found is None:
+        what = "port in address" if text[:1] == ":" else "IPv6 address" if text[:1] == "[" else "address"
+        raise Error(f"error parsing {what} '{text}'")
+    if found["options"]:
+        raise Error(f"options after the port are not taken here: '{text}'")
+    return {"type": "inet", "host": found["bracketed"] or found["host"] or "", "port": found["port"]}
+
+
 # -- TCP
 
 #: Which family is meant by `ipv4` and `ipv6`: each wanted, unwanted or not mentioned.

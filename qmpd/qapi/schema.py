@@ -125,13 +125,14 @@ class Schema:
     def __repr__(self) -> str:
         return f"<Schema of {len(self.commands)} commands, {len(self.events)} events>"
 
-    def validate(self, type_name: str, value: object) -> None:
+    def validate(self, type_name: str, value: object, *, written: bool = False) -> None:
         """Check a value against a type.
 
+        :param written: it was written as ``key=value``: numbers are there where it could be read as such.
         :raise KeyError: the schema has no such type.
         :raise Error: in QMP's words, about the first thing that is wrong.
         """
-        self._check(type_name, value, JSON_STYLE)
+        self._check(type_name, value, OPTION_STYLE if written else JSON_STYLE)
 
     def _check(self, type_name: str, value: object, style: Style) -> None:
         validator = self._validators.get(type_name)

@@ -130,7 +130,7 @@ async def test_info_block_describes_disks_and_nodes(parts: Parts) -> None:
     attached = "    Attached to:      /machine/peripheral/d/virtio-backend\r\n"
     cache = "    Cache mode:       writeback\r\n"
     assert await execute(parts, "info block") == f"n2: {json} (null-co)\r\n{attached}{cache}"
-    assert await execute(parts, "info block n2") == f"n2: {json} (null-co)\r\n{cache}"
+    assert await execute(parts, "info block n2") == f"\r\nn2: {json} (null-co)\r\n{cache}"
     assert await execute(parts, "info block nope") == ""
     nodes = await execute(parts, "info block -n")
     assert nodes.count(cache) == 3
