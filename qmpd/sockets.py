@@ -39,16 +39,18 @@ def encoded(text: str) -> bytes:
 
 #: Host and port as people write them; a colon is in a host only between brackets.
 _WRITTEN_INET: Final = re.compile(
-    r"(?:\[(?P<bracketed>[^\]]{1,64})\]|(?P<host>[^:]{1,64})|(?=:)):(?P<port>[^,]{1,32})(?P<options>,.*)?",
+    r"(?:\[(?P<bracketed>[^\]]{1,64})\]|(?P<host>[^:\[][^:]{0,63})|(?=:)):(?P<port>[^,]{1,32})(?P<options>,.*)?",
     re.DOTALL,
 )
+_SWITCH: Final[Mapping[str, bool]] = {"": True, "=on": True, "=off": False}
 
 
 def written_address(text: str) -> dict[str, Any]:
-    """A SocketAddress as people write it: ``HOST:PORT``, ``tcp:HOST:PORT``, ``unix:PATH``, ``fd:NAME``,
-    ``vsock:CID:PORT``.
+    """A SocketAddress as people write it.
 
-    :raise Error: if it is none.
+    :param text: ``HOST:PORT`` or ``tcp:HOST:PORT``, perhaps with ``,to=PORT``, ``,ipv4`` or ``,ipv6=off``
+        behind; ``unix:PATH``, ``fd:NAME`` or ``vsock:CID:PORT``.
+    :raise Error: if it is none of these.
     """
     kind, _, rest = text.partition(":")
     match kind:
@@ -70,9 +72,24 @@ def written_address(text: str) -> dict[str, Any]:
     if found is None:
         what = "port in address" if text[:1] == ":" else "IPv6 address" if text[:1] == "[" else "address"
         raise Error(f"error parsing {what} '{text}'")
-    if found["options"]:
-        raise Error(f"options after the port are not taken here: '{text}'")
-    return {"type": "inet", "host": found["bracketed"] or found["host"] or "", "port": found["port"]}
+    address = {"type": "inet", "host": found["bracketed"] or found["host"] or "", "port": found["port"]}
+    for option in (found["options"] or "").split(",")[1:]:
+        address |= _written_option(option)
+    return address
+
+
+def _written_option(option: str) -> dict[str, Any]:
+    """What stands behind a written port."""
+    name, value = option[:4], option[4:]
+    if name in ("ipv4", "ipv6"):
+        if value not in _SWITCH:
+            raise Error(f"error parsing '{name}' flag '{value}'")
+        return {name: _SWITCH[value]}
+    if option.startswith("to="):
+        if not re.fullmatch("[0-9]{1,5}", option[3:]):
+            raise Error("error parsing to= argument")
+        return {"to": int(option[3:])}
+    raise Error(f"'{option}' behind the port is none of to=PORT, ipv4 and ipv6")
 
 
 # -- TCP

@@ -54,7 +54,7 @@ def _elements(text: str, implied_key: str | None) -> Iterator[tuple[str, str | N
         element = _ELEMENT.match(text, position)
         assert element is not None, "the pattern matches the empty string too"
         key, value = element["key"], None
-        implied = position == 0 and implied_key is not None and not element["equals"] and key
+        implied = position == 0 and implied_key is not None and not element["equals"]
         if implied or element["equals"]:
             found = _VALUE.match(text, 0 if implied else element.end())
             assert found is not None, "the pattern matches the empty string too"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, Final
 
 from qmpd.block.backend import Backend
@@ -99,12 +98,13 @@ async def _qom_set(parts: Parts, as_json: bool, path: str, name: str, text: str)
 
 def _property_value(parts: Parts, path: str, name: str, text: str) -> object:
     """What a text means as a value of a property: a number, a boolean, or just that text."""
-    types = {}
-    with suppress(Error):
-        # If there is no such object, setting the property says so.
-        types = {each["name"]: each["type"] for each in parts.objects.properties(path)}
-    builtin = BUILTINS.get(types.get(name, "str").removesuffix("_t"))
-    if builtin is None or builtin.json_type == "string":
+    try:
+        found = parts.objects.resolve(path).property(name)
+    except Error:
+        # Setting it will say so, in its own words.
+        return text
+    builtin = BUILTINS.get(found.type.removesuffix("_t"))
+    if builtin is None or builtin.json_type == "string" or found.set is None:
         return text
     value = convert(BUILTINS, builtin.name, text)
     if isinstance(value, str):

@@ -80,9 +80,7 @@ async def _qom_tree(parts: Parts, path: str | None) -> str:
     path = "/machine" if path is None else path
     try:
         found = parts.objects.resolve(path)
-    except AmbiguousPath:
-        return f"Path '{path}' is ambiguous.\n"
-    except DeviceNotFound:
+    except (AmbiguousPath, DeviceNotFound):
         return f"Path '{path}' could not be resolved.\n"
     return "".join(f"{line}\n" for line in _objects(found, ""))
 

@@ -116,7 +116,7 @@ def _image(image: Mapping[str, Any]) -> Iterator[str]:
         yield "Snapshot list:"
         yield _row("ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT")
         yield from (_snapshot(snapshot) for snapshot in image["snapshots"])
-    if "format-specific" in image:
+    if image.get("format-specific", {}).get("data"):
         yield "Format specific information:"
         yield from _members(image["format-specific"]["data"], 1)
 
