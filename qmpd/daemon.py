@@ -21,14 +21,18 @@ from qmpd.crypto.memory import KeyMemory
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
+from qmpd.machine import types
 from qmpd.machine.config import MachineConfig
 from qmpd.machine.machine import Machine
+from qmpd.machine.properties import properties
 from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.server import Monitor
 from qmpd.monitor.throttle import EventThrottle
 from qmpd.qapi import load, schema_directory
+from qmpd.qom.boards import BOARDS, Board
 from qmpd.qom.devices import Devices
+from qmpd.qom.machine import MachineObject
 from qmpd.qom.object import Chardev as ChardevObject
 from qmpd.qom.tree import ObjectTree
 
@@ -72,7 +76,14 @@ class Daemon:
         key_memory = KeyMemory()
         #: Whether the system lets keys be locked in memory, so that they are never written to swap.
         self.locks_keys = key_memory.take(1).locked
-        self._objects = ObjectTree(self.schema, key_memory)
+        board: Board | None = None
+        if machine is None:
+            self._objects = ObjectTree(self.schema, key_memory)
+        else:
+            machine_type = types.find(machine.type)
+            shown = MachineObject(machine_type.name, properties(machine))
+            self._objects = ObjectTree(self.schema, key_memory, shown, types.TYPES)
+            board = BOARDS[machine_type.family]
         self._graph = Graph(
             DRIVERS,
             secrets=self._objects.secret_bytes,
@@ -83,7 +94,7 @@ class Daemon:
             corrupted=self._image_corrupted,
         )
         self._jobs = Jobs(self._emit)
-        self._devices = Devices(self._graph, self._objects, self._emit)
+        self._devices = Devices(self._graph, self._objects, self._emit, board)
         #: The machine of an emulator; a storage daemon has none.
         self._machine = None if machine is None else Machine(machine, self._devices, self._emit, self.quit)
         self._exports = Exports(self._graph, self._emit)
@@ -191,7 +202,7 @@ class Daemon:
     def signalled(self) -> None:
         """End as a signal wants it."""
         if self._machine is not None:
-            self._machine.shut_down("host-signal")
+            self._machine.tell_shutdown("host-signal")
         self.quit()
 
     async def _quit_in_order(self) -> None:
@@ -199,7 +210,7 @@ class Daemon:
         for monitor in self._monitors:
             monitor.stop()
         if self._machine is not None:
-            self._machine.shut_down("host-qmp-quit")
+            self._machine.tell_shutdown("host-qmp-quit")
         self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()
@@ -207,6 +218,8 @@ class Daemon:
 
     async def close(self) -> None:
         """Take everything down, top first: clients get their last replies and events."""
+        if self._machine is not None:
+            self._machine.close()
         self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()

@@ -41,6 +41,7 @@ class Start:
     _shortcuts: int = field(default=0, init=False)
     _descriptors: set[int] = field(default_factory=set, init=False)
     _identifiers: set[str] = field(default_factory=set, init=False)
+    _device_ids: set[str] = field(default_factory=set, init=False)
 
     async def run(self, found: Sequence[Option], sockets: Sequence[PassedSocket] = ()) -> None:
         """Apply every option, then serve the sockets that systemd passed and no option has taken.
@@ -88,9 +89,17 @@ class Start:
                 arguments = parse_settings(option.value, None, "driver")
             except dialect.HelpRequested:
                 raise Error("Help is not available for this option") from None
+            self._note_device_id(arguments.get("id"))
         if "driver" not in arguments:
             raise Error("Parameter 'driver' is missing")
         await self.daemon.add_device(arguments)
+
+    def _note_device_id(self, device_id: str | None) -> None:
+        """See that no other option of the form ``key=value,...`` has made a device with this id."""
+        if device_id in self._device_ids:
+            raise Error(f"Duplicate ID '{device_id}' for device")
+        if device_id is not None:
+            self._device_ids.add(device_id)
 
     async def _chardev(self, option: Option) -> None:
         try:

@@ -12,7 +12,7 @@ from qmpd.cli.options import Option, OptionError
 
 _WITH_VALUE: Final = """
     accel action add-fd audio audiodev blockdev boot chardev cpu device display global m machine M mon msg
-    name object overcommit pidfile qmp rtc run-with sandbox smp uuid
+    name object overcommit pidfile qmp rtc run-with sandbox smp uuid watchdog-action
     cipher-processes device-exports log loop nbd-server pbkdf-memory-max
 """
 _WITHOUT_VALUE: Final = "daemonize h help no-reboot no-shutdown no-user-config nodefaults nographic S version"

@@ -125,14 +125,20 @@ class Schema:
     def __repr__(self) -> str:
         return f"<Schema of {len(self.commands)} commands, {len(self.events)} events>"
 
-    def validate(self, type_name: str, value: object, *, written: bool = False) -> None:
+    def validate(self, type_name: str, value: object) -> None:
         """Check a value against a type.
 
-        :param written: it was written as ``key=value``: numbers are there where it could be read as such.
         :raise KeyError: the schema has no such type.
         :raise Error: in QMP's words, about the first thing that is wrong.
         """
-        self._check(type_name, value, OPTION_STYLE if written else JSON_STYLE)
+        self._check(type_name, value, JSON_STYLE)
+
+    def validate_option(self, type_name: str, value: object) -> None:
+        """Check a value that stood in an option as ``key=value,...``.
+
+        :raise Error: in the words for options, about the first thing that is wrong.
+        """
+        self._check(type_name, value, OPTION_STYLE)
 
     def _check(self, type_name: str, value: object, style: Style) -> None:
         validator = self._validators.get(type_name)

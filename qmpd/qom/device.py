@@ -42,7 +42,9 @@ class DeviceHalf(Object):
     def _property(self, name: str, type_: str) -> Property:
         device = self.device
         if name == "hotpluggable":
-            return Property(name, type_, lambda: self is device and device.bus.hotplug)
+            return Property(
+                name, type_, lambda: self is device and device.bus.hotplug and device.model.pluggable
+            )
         if name == "parent_bus":
             return Property(name, type_, lambda: device.bus.path if self is device else "")
         setter = None if name in _FIXED else lambda value: device.change(name, value)

@@ -1,0 +1,31 @@
+"""The machine as an object: ``/machine``, above all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from qmpd.qom.object import Container, Property
+from qmpd.qom.types import TYPES
+
+
+class MachineObject(Container):
+    """The machine of an emulator.
+
+    :param machine: its type's full name, as `query-machines` shows it.
+    :param values: its properties, which nobody can change any more.
+    """
+
+    def __init__(self, machine: str, values: Mapping[str, Any]) -> None:
+        super().__init__(f"{machine}-machine")
+        self._values = values
+
+    def own_properties(self) -> Mapping[str, Property]:
+        """What the command line said about it."""
+        types = TYPES["machine"].properties
+        return {
+            name: Property(name, type_, partial(self._values.__getitem__, name))
+            for name, type_ in types.items()
+            if name in self._values
+        }
