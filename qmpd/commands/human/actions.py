@@ -44,12 +44,20 @@ async def _device_add(parts: Parts, text: str) -> str:
     try:
         options = settings.parse_settings(text, None, "driver")
     except settings.HelpRequested:
-        driver = text.removeprefix("driver=").partition(",")[0]
-        return f"{models_help() if driver in ('help', '?') else device_help(parts.schema, driver)}\n"
+        return _device_help(parts, text.removeprefix("driver=").partition(",")[0])
     except Error as error:
         raise Complaint(f"{error.desc}\n") from None
     parts.hotplug.add(options, written=True)
     return ""
+
+
+def _device_help(parts: Parts, driver: str) -> str:
+    if driver in ("help", "?"):
+        return f"{models_help()}\n"
+    try:
+        return f"{device_help(parts.schema, driver)}\n"
+    except Error as error:
+        return f"{error.desc}\n"
 
 
 async def _object_add(parts: Parts, text: str) -> str:

@@ -23,6 +23,8 @@ _WORD: Final = re.compile(r"[^ \t\n\r\v\f]*")
 _ESCAPES: Final[Mapping[str, str]] = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 #: A number with a unit behind it, as far as it goes.
 _SIZE: Final = re.compile(r"\s*\+?(?:0[xX][0-9a-fA-F]+|(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[bBkKmMgGtTpPeE]?)")
+#: What may stand behind a decimal number only.
+_UNITS: Final = tuple(".kKmMgGtTpP")
 _SIZE_MAX: Final = (1 << 63) - 1
 
 
@@ -163,12 +165,12 @@ def _size(text: str) -> tuple[int, str]:
     match = _SIZE.match(text)
     size = None
     if match is not None:
-        written = match[0]
-        # A number alone is in MiB.
-        unit = "M" if written[-1] in "0123456789." and "x" not in written.lower() else ""
-        size = read_size(written + unit)
-        if size is not None and "x" in written.lower():
-            size <<= 20
+        written, rest = match[0], text[match.end() :]
+        if "x" in written.lower():
+            # Hexadecimal digits have no unit and no fraction.
+            size = None if rest[:1] in _UNITS else (read_size(written) or 0) << 20
+        else:
+            size = read_size(written + ("M" if written[-1] in "0123456789." else ""))
     if match is None or size is None or size > _SIZE_MAX:
         raise Complaint("invalid size\n")
     return size, text[match.end() :]

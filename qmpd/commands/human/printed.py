@@ -28,6 +28,16 @@ _IO_THREAD: Final = (
     ("aio-max-batch", "aio-max-batch"),
 )
 
+#: What drivers tell of their format, in QEMU's order, which is no alphabet's; what is ours alone comes last.
+_FORMAT_MEMBERS: Final = (
+    *("compat", "compression-type", "lazy-refcounts", "bitmaps", "refcount-bits"),
+    *("encrypt", "data-file", "data-file-raw", "corrupt", "extended-l2"),
+    *("ivgen-alg", "detached-header", "hash-alg", "cipher-alg", "uuid", "ivgen-hash-alg", "format"),
+    *("cipher-mode", "slots", "payload-offset", "master-key-iters"),
+    *("active", "iters", "key-offset", "stripes"),
+    *("flags", "name", "granularity"),
+)
+
 
 def size(number: int) -> str:
     """Bytes with three digits: a unit is used from 1000 of the one below it on."""
@@ -138,7 +148,7 @@ def _snapshot(snapshot: Mapping[str, Any]) -> str:
 def _members(value: Mapping[str, Any] | Sequence[Any], level: int) -> Iterator[str]:
     """The members of an object, or the elements of an array, indented."""
     if isinstance(value, Mapping):
-        named = [(key.replace("-", " "), each) for key, each in value.items()]
+        named = [(key.replace("-", " "), each) for key, each in sorted(value.items(), key=_format_order)]
     else:
         named = [(f"[{index}]", each) for index, each in enumerate(value)]
     for name, each in named:
@@ -148,6 +158,10 @@ def _members(value: Mapping[str, Any] | Sequence[Any], level: int) -> Iterator[s
         else:
             shown = str(each).lower() if isinstance(each, bool) else each
             yield f"{_INDENT * level}{name}: {shown}"
+
+
+def _format_order(member: tuple[str, Any]) -> int:
+    return _FORMAT_MEMBERS.index(member[0]) if member[0] in _FORMAT_MEMBERS else len(_FORMAT_MEMBERS)
 
 
 def counters(stats: Mapping[str, Any]) -> str:

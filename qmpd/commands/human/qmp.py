@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qmpd.commands import (
+    absent,
     block_core,
     block_export,
     char,
@@ -21,6 +22,7 @@ from qmpd.commands import (
 from qmpd.commands.parts import Handler, Parts
 
 _MODULES: Final = (
+    absent,
     block_core,
     block_export,
     char,

@@ -611,23 +611,21 @@ class Qcow2Node(KeyslotHolder):
     def format_specific(self) -> dict[str, Any] | None:
         """ImageInfoSpecificQCow2."""
         header = self._header
-        # People are shown the members in this order, which is QEMU's.
         data: dict[str, Any] = {
             "compat": "0.10" if header.version == 2 else "1.1",
+            "refcount-bits": 1 << header.refcount_order,
             "compression-type": header.compression.name.lower(),
         }
         if header.version >= 3:
             data["lazy-refcounts"] = bool(header.compatible & Compatible.LAZY_REFCOUNTS)
-        data["refcount-bits"] = 1 << header.refcount_order
-        if self._cipher is not None:
-            data["encrypt"] = self._cipher.info()
-        if header.version >= 3:
+            data["corrupt"] = bool(header.incompatible & Incompatible.CORRUPT)
+            data["extended-l2"] = header.extended_l2
             if header.external_data:
                 if header.data_file_name is not None:
                     data["data-file"] = header.data_file_name
                 data["data-file-raw"] = header.raw_external_data
-            data["corrupt"] = bool(header.incompatible & Incompatible.CORRUPT)
-            data["extended-l2"] = header.extended_l2
+        if self._cipher is not None:
+            data["encrypt"] = self._cipher.info()
         return {"type": "qcow2", "data": data}
 
     def child_permissions(
