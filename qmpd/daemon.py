@@ -29,7 +29,7 @@ from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketCharde
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.server import Monitor
 from qmpd.monitor.throttle import EventThrottle
-from qmpd.qapi import load, schema_directory
+from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, load, schema_directory
 from qmpd.qom.boards import BOARDS, Board
 from qmpd.qom.devices import Devices
 from qmpd.qom.machine import MachineObject
@@ -69,9 +69,7 @@ class Daemon:
         machine: MachineConfig | None = None,
     ) -> None:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEEPEST_CALLS))
-        self.schema = load(
-            schema_directory(), "qapi-schema.json" if machine is None else "system-schema.json"
-        )
+        self.schema = load(schema_directory(), STORAGE_SCHEMA if machine is None else SYSTEM_SCHEMA)
         self._events = EventThrottle(self._tell)
         key_memory = KeyMemory()
         #: Whether the system lets keys be locked in memory, so that they are never written to swap.

@@ -123,7 +123,7 @@ def _run(arguments: Sequence[str]) -> int:
         status: int = import_module(SUBCOMMANDS[arguments[0]]).run(arguments[1:])
         return status
     found = _first_pass(arguments)
-    return run_daemon(lambda: _settings(found), found)
+    return run_daemon(PROGRAM, lambda: _settings(found), found)
 
 
 def _first_pass(arguments: Sequence[str]) -> list[Option]:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qmpd.cli.options import Answered, Option
@@ -50,9 +51,7 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
             print(answer, flush=True)
             return 0
     except Error as error:
-        # One line, even if a JSON text was written on several; and perhaps a hint below it.
-        lines = [f"{program}: {' '.join(str(error).splitlines())}", *error.hint.splitlines()]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        _complain(program, error)
         return 1
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain again when it flushes at exit.
@@ -62,16 +61,26 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
 
 
+def _complain(program: str, error: Error) -> None:
+    """Say what went wrong: in one line, even if a JSON text was written on several; a hint may follow."""
+    lines = [f"{program}: {' '.join(str(error).splitlines())}", *error.hint.splitlines()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
 def run_daemon(
-    read_settings: Callable[[], Settings], found: Sequence[Option], machine: MachineConfig | None = None
+    program: str,
+    read_settings: Callable[[], Settings],
+    found: Sequence[Option],
+    machine: MachineConfig | None = None,
 ) -> int:
     """Run a daemon until it ends.
 
+    :param program: its name, for what is said of errors.
     :param read_settings: what the options say about the process; may raise errors about them.
     :param found: what to start with, in order.
     :param machine: the machine of an emulator; None for a storage daemon.
-    :return: the exit status.
-    :raise Error: it could not be started.
+    :return: the exit status: 0, or 1 if it could not be started, of which the reason has been said.
+    :raise Error: the settings are wrong.
     :raise Answered: an option was a question.
     """
     # What the start makes stays: looking for garbage in it is in vain.  `serve` switches it on again.
@@ -92,7 +101,7 @@ def run_daemon(
 
     from qmpd.cli.serve import serve
 
-    serve(
+    status = serve(
         found,
         pid_file=settings.pid_file,
         log_level=settings.log_level,
@@ -102,13 +111,14 @@ def run_daemon(
         sockets=sockets,
         notifier=Notifier(os.environ),
         background=background,
+        complain=partial(_complain, program),
         machine=machine,
     )
-    _leave_threads_behind()
-    return 0
+    _leave_threads_behind(status)
+    return status
 
 
-def _leave_threads_behind() -> None:
+def _leave_threads_behind(status: int) -> None:
     """End the process although a thread is still deriving a key, which can't be interrupted.
 
     Everything has been closed by now, and Python would wait for the thread.
@@ -120,4 +130,4 @@ def _leave_threads_behind() -> None:
             if thread.is_alive():
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(0)
+                os._exit(status)

@@ -56,7 +56,7 @@ def _run(arguments: Sequence[str]) -> int:
         log_level=values.get("log", "warning"),
         loop=values.get("loop", "auto"),
     )
-    return run_daemon(lambda: settings, _in_order(found), machine)
+    return run_daemon(PROGRAM, lambda: settings, _in_order(found), machine)
 
 
 def _in_order(found: Sequence[Option]) -> list[Option]:

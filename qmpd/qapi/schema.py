@@ -16,6 +16,7 @@ from typing import Any
 
 from qmpd.qapi import introspection, keyval
 from qmpd.qapi.json_schema import Definitions
+from qmpd.qapi.location import STORAGE_SCHEMA
 from qmpd.qapi.parser import parse_file, parse_text
 from qmpd.qapi.resolve import Resolved, resolve
 from qmpd.qapi.types import (
@@ -211,7 +212,7 @@ def _parts(type_: Type) -> list[str]:
             return []
 
 
-def load(directory: str | Path, file: str = "qapi-schema.json") -> Schema:
+def load(directory: str | Path, file: str = STORAGE_SCHEMA) -> Schema:
     """Load a schema file and what it includes from a directory.
 
     :raise SchemaError: with file, line and column.

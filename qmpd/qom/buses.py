@@ -60,6 +60,10 @@ class Bus(Object):
         """What it is called outside of the object tree."""
         return self.name
 
+    def unplugged_with(self, device: Device) -> list[Device]:
+        """The devices on this bus that go when `device` goes, itself included."""
+        return [device]
+
     def check_hotplug(self) -> None:
         """See that devices may come and go.
 
@@ -134,6 +138,11 @@ class PCIBus(Bus):
                 name,
             )
         return wanted
+
+    def unplugged_with(self, device: Device) -> list[Device]:
+        """All functions of the slot, the newest first: it is switched off as a whole."""
+        slot = device.values["addr"] // _FUNCTIONS
+        return [each for each in reversed(self.devices) if each.values["addr"] // _FUNCTIONS == slot]
 
     def _check_visible(self, taken: Mapping[int, Device], slot: int, name: str) -> None:
         """See that a guest can find a new device: it looks at a slot when function 0 of that comes."""

@@ -86,6 +86,10 @@ class Device(DeviceHalf):
         half = self.children.get("virtio-backend")
         return half if isinstance(half, DeviceHalf) else self
 
+    def leaving(self) -> list[Device]:
+        """All that goes when this device is unplugged, in that order."""
+        return [each for other in self.bus.unplugged_with(self) for each in other.with_children()]
+
     def with_children(self) -> list[Device]:
         """All that is plugged into this device, the last one first, and then itself."""
         below = self.own_bus.devices if self.own_bus is not None else []

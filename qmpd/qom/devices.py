@@ -406,16 +406,15 @@ class Devices:
         :param device_id: its id, or its path in the object tree.
         :raise Error: if it is not there or can't be unplugged.
         """
-        self._waiting_events += self._unplug(self.removable(device_id))
+        for device in self.removable(device_id).leaving():
+            self._waiting_events += self._unplug(device)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_EVENT_DELAY, self.send_deleted)
 
     def _unplug(self, device: Device) -> list[dict[str, Any]]:
-        """Unplug a device and all that is plugged into it; returns the events' data."""
+        """Unplug a device that nothing is plugged into; returns the events' data."""
         events: list[dict[str, Any]] = []
         if device.own_bus is not None:
-            for child in reversed(device.own_bus.devices[:]):
-                events += self._unplug(child)
             self._buses.remove(device.own_bus)
         if device.inner is not device:
             events.append({"path": device.inner.path})

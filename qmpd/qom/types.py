@@ -52,7 +52,7 @@ _TABLE: Final = (
     TypeInfo("interface", None, abstract=True),
     TypeInfo("user-creatable", "interface", abstract=True),
     TypeInfo("container", "object"),
-    TypeInfo("secret_common", "object", abstract=True, struct="SecretCommonProperties"),
+    TypeInfo("secret_common", "object", abstract=True, interfaces=_USER, struct="SecretCommonProperties"),
     TypeInfo("secret", "secret_common", interfaces=_USER, struct="SecretProperties"),
     TypeInfo("secret_keyring", "secret_common", interfaces=_USER, struct="SecretKeyringProperties"),
     TypeInfo("event-loop-base", "object", abstract=True, interfaces=_USER, struct="EventLoopBaseProperties"),
@@ -121,12 +121,11 @@ _TABLE: Final = (
     TypeInfo("scsi-hd", "scsi-disk-base", struct="ScsiHdProperties"),
     TypeInfo("base-pci-bridge", "pci-device", abstract=True),
     TypeInfo("pcie-port", "base-pci-bridge", abstract=True),
-    TypeInfo("pcie-slot", "pcie-port", abstract=True),
-    TypeInfo("pcie-root-port-base", "pcie-slot", abstract=True),
+    TypeInfo("pcie-slot", "pcie-port", abstract=True, interfaces=("hotplug-handler",)),
+    TypeInfo("pcie-root-port-base", "pcie-slot", abstract=True, interfaces=_EXPRESS),
     TypeInfo(
         "pcie-root-port",
         "pcie-root-port-base",
-        interfaces=(*_EXPRESS, "hotplug-handler"),
         struct="PcieRootPortProperties",
     ),
 )
