@@ -27,6 +27,7 @@ from qmpd.machine.machine import Machine
 from qmpd.machine.properties import properties
 from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
+from qmpd.monitor.qtest import QtestConnection
 from qmpd.monitor.server import Monitor
 from qmpd.monitor.throttle import EventThrottle
 from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, load, schema_directory
@@ -127,6 +128,13 @@ class Daemon:
         """
         await self._objects.add(options)
 
+    def use_memory(self, backend_id: str) -> None:
+        """Make an object the machine's memory.
+
+        :raise Error: if it is not there or no memory.
+        """
+        self._objects.use_memory(backend_id)
+
     async def add_blockdev(self, options: dict[str, Any]) -> None:
         """Open a node.
 
@@ -184,6 +192,13 @@ class Daemon:
         monitor = Monitor(self._dispatcher, VERSION, pretty)
         await chardev.attach(monitor.connection)
         self._monitors.append(monitor)
+
+    async def add_qtest(self, chardev_id: str) -> None:
+        """Answer the qtest protocol on a character device.
+
+        :raise Error: if there is none with this id, or it is taken.
+        """
+        await self._chardevs.find(chardev_id).attach(QtestConnection)
 
     # -- its life
 

@@ -21,7 +21,7 @@ from qmpd.qapi.settings import Kind, parse_settings
 _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
     Kind.TEXT: """
         backend chardev chardevs.0 chardevs.1 chardevs.2 chardevs.3 fd host input-path localaddr localport
-        logfile name path port size tls-authz tls-creds
+        logfile name path port tls-authz tls-creds
         mode group users groups
     """,
     Kind.SWITCH: """
@@ -29,6 +29,7 @@ _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
         tn3270 wait websocket
     """,
     Kind.NUMBER: "cols debug height reconnect reconnect-ms rows to width",
+    Kind.SIZE: "size",
 }
 
 #: Every setting there is; ``mode``, ``group``, ``users`` and ``groups`` are ours.  One that belongs to
@@ -38,7 +39,7 @@ CHARDEV_SETTINGS: Final[Mapping[str, Kind]] = {
 }
 
 #: The kinds there are.
-CHARDEV_KINDS: Final = ("socket", "stdio")
+CHARDEV_KINDS: Final = ("null", "ringbuf", "socket", "stdio")
 
 #: What QEMU's sockets can do and ours cannot: refused, because leaving it out would change what is promised.
 _UNSUPPORTED: Final = (
@@ -77,8 +78,10 @@ def _config(settings: Mapping[str, Any]) -> ChardevConfig:
     for name in _UNSUPPORTED:
         if settings.get(name):
             raise Error(f"Parameter '{name}' is not supported by qmpd")
-    if settings["backend"] == "stdio":
-        return ChardevConfig(id=settings["id"], kind="stdio")
+    if settings["backend"] == "ringbuf" and settings.get("size", 1).bit_count() != 1:
+        raise Error("size of ringbuf chardev must be power of two")
+    if settings["backend"] != "socket":
+        return ChardevConfig(id=settings["id"], kind=settings["backend"])
     server = settings.get("server", False)
     if not server and "wait" in settings:
         raise Error("'wait' option is incompatible with socket in client connect mode")
@@ -142,7 +145,7 @@ def _names(key: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
 _SHORTCUT: Final = re.compile(
     r"""(?: unix:(?P<path>(?:[^,]|,,)*)
           | tcp:(?:\[(?P<bracketed>[^],]*)\]|(?P<host>[^:,]*)):(?P<port>[^:,]+)
-          | (?P<stdio>(?:mon:)?stdio)
+          | (?:mon:)?(?P<bare>stdio|null)
         )
         (?:,(?P<rest>.*))?\Z""",
     re.VERBOSE | re.DOTALL,
@@ -150,7 +153,7 @@ _SHORTCUT: Final = re.compile(
 
 
 def monitor_shortcut(text: str, index: int) -> ChardevConfig:
-    """Return the character device of ``--qmp unix:PATH,...``, ``tcp:HOST:PORT,...`` or ``stdio``.
+    """Return the character device of ``--qmp unix:PATH,...``, ``tcp:HOST:PORT,...``, ``stdio`` or ``null``.
 
     :param index: how many such options came before; it makes the id that QEMU makes.
     :raise Error: in QEMU's words where it has some.
@@ -159,7 +162,7 @@ def monitor_shortcut(text: str, index: int) -> ChardevConfig:
     if found is None:
         raise Error(f"'{text}' is not a valid char driver: unix:PATH, tcp:HOST:PORT or stdio is expected")
     settings = parse_settings(found["rest"] or "", CHARDEV_SETTINGS)
-    settings |= {"id": f"compat_monitor{index}", "backend": "stdio" if found["stdio"] else "socket"}
+    settings |= {"id": f"compat_monitor{index}", "backend": found["bare"] or "socket"}
     if found["path"] is not None:
         settings["path"] = found["path"].replace(",,", ",")
     elif found["port"] is not None:

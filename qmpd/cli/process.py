@@ -16,13 +16,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from qmpd.cli.options import Answered, Option
+from qmpd.cli.options import Answered, Option, naming
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.machine.config import MachineConfig
+
+_LOG_LEVELS: Final = ("error", "warning", "info", "debug")
+_MOST_PROCESSES: Final = 64
+_LOOPS: Final = ("auto", "uvloop", "asyncio")
+#: The least that argon2 takes in a header of cryptsetup's, in KiB.
+_LEAST_PBKDF_MEMORY: Final = 32
 
 
 @dataclass
@@ -35,6 +41,56 @@ class Settings:
     cipher_processes: int | None = None
     pbkdf_memory: int | None = None
     daemonize: bool = False
+
+
+def read_settings(found: Sequence[Option]) -> Settings:
+    """Return what the options say about the process.
+
+    :raise Error: a value is wrong.
+    """
+    settings = Settings()
+    for option in found:
+        with naming(option):
+            match option.name:
+                case "pidfile":
+                    settings.pid_file = option.value
+                case "daemonize":
+                    settings.daemonize = True
+                case "log":
+                    settings.log_level = _one_of(_LOG_LEVELS, option.value)
+                case "loop":
+                    settings.loop = _one_of(_LOOPS, option.value)
+                case "cipher-processes":
+                    settings.cipher_processes = _number_or_auto(option.value)
+                case "pbkdf-memory-max":
+                    settings.pbkdf_memory = _kibibytes(option.value)
+    return settings
+
+
+def _number_or_auto(value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not (value.isdecimal() and value.isascii() and int(value) <= _MOST_PROCESSES):
+        raise Error(f"'{value}' is neither auto nor a number up to {_MOST_PROCESSES}")
+    return int(value)
+
+
+def _kibibytes(value: str) -> int:
+    """Return a size as whole KiB, as many as it has."""
+    from qmpd.qapi.keyval import read_size  # a daemon is to be started: see the head of this file
+
+    size = read_size(value)
+    if size is None:
+        raise Error(f"'{value}' is no size such as 512M")
+    if size >> 10 < _LEAST_PBKDF_MEMORY:
+        raise Error(f"'{value}' is less than {_LEAST_PBKDF_MEMORY}K, with which no key can be derived")
+    return size >> 10
+
+
+def _one_of(choice: Sequence[str], value: str) -> str:
+    if value not in choice:
+        raise Error(f"'{value}' is none of {', '.join(choice)}")
+    return value
 
 
 def exit_status(program: str, run: Callable[[], int]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qmpd.commands.parts import Handler, Parts
-from qmpd.machine import cpu_models, types
+from qmpd.machine import command_line, cpu_models, types
 
 
 def query_target(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def device_list_properties(parts: Parts, arguments: dict[str, Any]) -> list[dict
 
 
 def query_command_line_options(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Options of the command line."""
-    return []
+    """The options of the command line."""
+    return list(command_line.options(arguments.get("option")))
 
 
 def query_cpu_definitions(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ class Kind(enum.Enum):
     TEXT = enum.auto()
     SWITCH = enum.auto()
     NUMBER = enum.auto()
+    SIZE = enum.auto()
 
 
 _SWITCH: Final[Mapping[str, bool]] = {
@@ -126,6 +127,20 @@ def _number(key: str, value: str) -> int:
         raise Error(f"Parameter '{key}' expects a number") from None
 
 
+def _size(key: str, value: str) -> int:
+    from qmpd.qapi.keyval import read_size  # an emulator's probing is to start soon: few options are sizes
+
+    if value.startswith("-") and value[1:].isdecimal():
+        raise Error(f"Value '{value}' is out of range for parameter '{key}'")
+    size = read_size(value)
+    if size is None:
+        raise Error(
+            f"Parameter '{key}' expects a non-negative number below 2^64",
+            hint="A suffix k, M, G, T, P or E counts in units of 2^10, 2^20, 2^30 and so on.",
+        )
+    return size
+
+
 def _text(key: str, value: str) -> str:
     return value
 
@@ -134,4 +149,5 @@ _CONVERTERS: Final[Mapping[Kind, Callable[[str, str], Any]]] = {
     Kind.TEXT: _text,
     Kind.SWITCH: _switch,
     Kind.NUMBER: _number,
+    Kind.SIZE: _size,
 }

@@ -21,6 +21,7 @@ from qmpd.qapi import Schema
 from qmpd.qom.authz import Authorization, AuthorizationList, SimpleAuthorization
 from qmpd.qom.iothread import IOThread
 from qmpd.qom.machine import MachineObject
+from qmpd.qom.memory_backend import FileBackend, MemfdBackend, MemoryBackend, RamBackend
 from qmpd.qom.models import DEFAULTS, OF_ALL_DEVICES, device_property_types
 from qmpd.qom.object import OBJECT_TYPE_NAMES, Chardev, Container, Object, schema_properties
 from qmpd.qom.secret import AnySecret, Secret, check_utf8
@@ -45,9 +46,12 @@ _CREATABLE: Final[Mapping[str, type[UserCreatable]]] = {
     for class_ in (
         Anonymous,
         AuthorizationList,
+        FileBackend,
         IOThread,
         KeyringSecret,
+        MemfdBackend,
         PreSharedKeys,
+        RamBackend,
         Secret,
         SimpleAuthorization,
         ThrottleGroup,
@@ -272,6 +276,16 @@ class ObjectTree:
         """
         if not isinstance(self.objects.children.get(iothread_id), IOThread):
             raise Error(f'iothread "{iothread_id}" not found')
+
+    def use_memory(self, backend_id: str) -> None:
+        """Make an object the machine's memory, on paper.
+
+        :raise Error: if it is not there or no memory.
+        """
+        found = self.objects.children.get(backend_id)
+        if not isinstance(found, MemoryBackend):
+            raise Error(f"Memory backend '{backend_id}' not found")
+        found.is_memory = True
 
     def iothreads(self) -> list[dict[str, Any]]:
         """The I/O threads (IOThreadInfo)."""

@@ -636,6 +636,16 @@ class Kind:
     with_events: bool = False
 
 
+#: What disks can be put on from the start.
+_DEVICE_ARGUMENTS: Final = (
+    *("--object", "iothread,id=t"),
+    *("--blockdev", f"null-co,node-name={LASTING_NODES[0]},size=1048576"),
+    *("--blockdev", f"null-co,node-name={LASTING_NODES[1]}"),
+    *("--blockdev", f"null-co,node-name={READ_ONLY_NODE},read-only=on"),
+)
+
+_EVENTFUL_FOR_DEVICES: Final = ("blockdev-add", "blockdev-del", "device_add", "device_del", "qom-get")
+
 KINDS: Final[Mapping[str, Kind]] = {
     "nodes": Kind(
         "storage",
@@ -648,15 +658,18 @@ KINDS: Final[Mapping[str, Kind]] = {
         "system",
         "qemu-system-x86_64",
         DEVICE_COMMANDS,
-        (
-            *("--object", "iothread,id=t"),
-            *("--blockdev", f"null-co,node-name={LASTING_NODES[0]},size=1048576"),
-            *("--blockdev", f"null-co,node-name={LASTING_NODES[1]}"),
-            *("--blockdev", f"null-co,node-name={READ_ONLY_NODE},read-only=on"),
-        ),
-        eventful=("blockdev-add", "blockdev-del", "device_add", "device_del", "qom-get"),
+        _DEVICE_ARGUMENTS,
+        eventful=_EVENTFUL_FOR_DEVICES,
         # qmpd has no /machine before its first device.
         first=[step("device_add", {"driver": "virtio-scsi-pci", "id": "s0"})],
+    ),
+    "emulator": Kind(
+        "system",
+        "qemu-system-x86_64",
+        DEVICE_COMMANDS,
+        _DEVICE_ARGUMENTS,
+        eventful=_EVENTFUL_FOR_DEVICES,
+        style="system",
     ),
     # Of no type: firmware would reset it whenever it likes, and nobody notices the power button.
     "machine": Kind(
