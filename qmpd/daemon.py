@@ -18,6 +18,7 @@ from qmpd.block.node import Node
 from qmpd.commands import block_export, table
 from qmpd.commands.parts import Parts
 from qmpd.crypto.memory import KeyMemory
+from qmpd.descriptors import Allowance, FdSets, NamedDescriptors
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
@@ -83,6 +84,8 @@ class Daemon:
             shown = MachineObject(machine_type.name, properties(machine))
             self._objects = ObjectTree(self.schema, key_memory, shown, types.TYPES)
             board = BOARDS[machine_type.family]
+        self._descriptors = Allowance()
+        self._fdsets = FdSets(self._descriptors)
         self._graph = Graph(
             DRIVERS,
             secrets=self._objects.secret_bytes,
@@ -91,6 +94,7 @@ class Daemon:
             pbkdf_memory=pbkdf_memory,
             validate=self._validated_blockdev_options,
             corrupted=self._image_corrupted,
+            fdsets=self._fdsets,
         )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit, board)
@@ -112,13 +116,24 @@ class Daemon:
             chardevs=self._chardevs.query,
             quit=self._quit_in_order,
             stdout=stdout or sys.stdout,
+            fdsets=self._fdsets,
             system=self._machine,
         )
-        self._dispatcher = Dispatcher(self.schema, table.handlers(self._parts), table.GIVEN_UP)
+        self._dispatcher = Dispatcher(
+            self.schema, table.handlers(self._parts), table.GIVEN_UP, table.WITH_DESCRIPTORS
+        )
         self._monitors: list[Monitor] = []
         self._ending = asyncio.Event()
 
     # -- what a command line asks for
+
+    def add_fd(self, descriptor: int, fdset: int, opaque: str | None = None) -> None:
+        """Put a copy of an inherited descriptor into a set; the descriptor itself is closed by `run`.
+
+        :param opaque: whatever is to be remembered of it.
+        :raise Error: if it is not one.
+        """
+        self._fdsets.adopt(descriptor, fdset, opaque)
 
     async def add_object(self, options: dict[str, Any]) -> None:
         """Make an object.
@@ -189,7 +204,7 @@ class Daemon:
         :raise Error: if there is none with this id, or it is taken.
         """
         chardev = self._chardevs.find(chardev_id)
-        monitor = Monitor(self._dispatcher, VERSION, pretty)
+        monitor = Monitor(self._dispatcher, VERSION, pretty, NamedDescriptors(self._descriptors))
         await chardev.attach(monitor.connection)
         self._monitors.append(monitor)
 
@@ -204,6 +219,7 @@ class Daemon:
 
     async def run(self) -> None:
         """Return when the daemon has been told to end."""
+        self._fdsets.close_adopted()
         await self._ending.wait()
 
     def quit(self) -> None:
@@ -243,6 +259,7 @@ class Daemon:
         for monitor in self._monitors:
             await monitor.close()
         await self._graph.close()
+        self._fdsets.close_all()
         self._objects.close()
 
     def _validated_blockdev_options(self, options: dict[str, Any]) -> dict[str, Any]:

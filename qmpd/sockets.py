@@ -24,7 +24,7 @@ _IPPROTO_MPTCP: Final = 262
 #: QEMU cuts a port's name off here, which messages show.
 _PORT_NAME_MAX: Final = 32
 #: What strtol(3) takes for a decimal number.
-_NUMBER: Final = re.compile(r"[ \t-\r]*([+-]?[0-9]+)")
+NUMBER: Final = re.compile(r"[ \t-\r]*([+-]?[0-9]+)")
 _UINT32_MAX: Final = (1 << 32) - 1
 _INT_MAX: Final = (1 << 31) - 1
 
@@ -228,7 +228,7 @@ def descriptor_number(text: str) -> int:
 
     :raise Error: if it is no number, or no descriptor can have it.
     """
-    number = _NUMBER.fullmatch(text)
+    number = NUMBER.fullmatch(text)
     if number is None:
         raise Error(f"Unable to parse FD number {text}")
     if abs(int(number[1])) > _INT_MAX:
@@ -243,7 +243,7 @@ def vsock_address(cid: str, port: str) -> tuple[int, int]:
     """
     values = []
     for what, text in (("cid", cid), ("port", port)):
-        number = _NUMBER.fullmatch(text)
+        number = NUMBER.fullmatch(text)
         if number is None or not 0 <= int(number[1]) <= _UINT32_MAX:
             raise Error(f"Failed to parse {what} '{text}'")
         values.append(int(number[1]))

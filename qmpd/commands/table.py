@@ -50,13 +50,16 @@ _SYSTEM_MODULES: Final = (absent, emulator, migration, run_state)
 #: and undoes all of itself.
 GIVEN_UP: Final = frozenset({"blockdev-add"})
 
+#: What is told of the descriptors that its client has passed.
+WITH_DESCRIPTORS: Final = frozenset({"add-fd", "closefd", "getfd", "nbd-server-start"})
 
-def handlers(parts: Parts) -> dict[str, Callable[[dict[str, Any]], Any]]:
+
+def handlers(parts: Parts) -> dict[str, Callable[..., Any]]:
     """The handlers by command name, each bound to the parts of this daemon.
 
     :raise ValueError: if a command has two.
     """
-    table: dict[str, Callable[[dict[str, Any]], Any]] = {}
+    table: dict[str, Callable[..., Any]] = {}
     modules = _MODULES + _SYSTEM_MODULES if parts.is_system else _MODULES
     for module in modules:
         for name, handler in module.HANDLERS.items():

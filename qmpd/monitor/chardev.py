@@ -30,6 +30,7 @@ from qmpd.errors import Error
 from qmpd.monitor import peers
 from qmpd.monitor.server import ProtocolFactory
 from qmpd.monitor.stdio import StandardStreams
+from qmpd.monitor.unix_stream import UnixStream
 from qmpd.sockets import PATH_SIZE, listen_on, make_room, resolve
 
 _logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class StdioChardev(Chardev):
     async def _serve(self) -> None:
         assert self._factory is not None
         self._streams = StandardStreams(self._factory())
-        await self._streams.start()
+        self._streams.start()
 
     async def close(self) -> None:
         """Nothing more is read."""
@@ -344,8 +345,13 @@ class SocketChardev(Chardev):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             here, there = connection.getsockname(), connection.getpeername()
             description = f"tcp:{_endpoint(here)}{self._options()} <-> {_endpoint(there)}"
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_accepted_socket(self._factory, connection)
+        transport: asyncio.BaseTransport
+        if connection.family == socket.AF_UNIX:
+            transport = stream = UnixStream(self._factory(), connection)
+            stream.start()
+        else:
+            loop = asyncio.get_running_loop()
+            transport, _ = await loop.connect_accepted_socket(self._factory, connection)
         self._forget_closed()
         self._clients[transport] = description
 

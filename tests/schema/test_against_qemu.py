@@ -188,10 +188,15 @@ OPTIONAL_HERE: Final[Mapping[str, str]] = {
 #: Commands and events that one of QEMU's two programs has and the other has not.
 OF_THE_MACHINE: Final = frozenset(
     {
+        "add-fd",
         "block-latency-histogram-set",
+        "closefd",
         "device_add",
         "device_del",
+        "getfd",
         "human-monitor-command",
+        "query-fdsets",
+        "remove-fd",
         "system_reset",
         "DEVICE_DELETED",
         "RESET",
