@@ -13,8 +13,7 @@ from qmpd.block.qemu_io import QemuIO
 from qmpd.commands.human import printed
 from qmpd.commands.human.command import Command
 from qmpd.commands.human.line import Complaint, Flag, Rest, Settings, Size, Word
-from qmpd.commands.human.qmp import call
-from qmpd.commands.parts import Parts
+from qmpd.commands.human.qmp import Qmp
 from qmpd.errors import Error
 from qmpd.qapi import HelpRequested, settings
 from qmpd.qapi.keyval import convert
@@ -30,8 +29,8 @@ def _quietly(qmp_command: str, *members: str) -> Callable[..., Awaitable[str]]:
     :param members: the QMP command's arguments, one for each value.
     """
 
-    async def run(parts: Parts, *found: Any) -> str:
-        await call(parts, qmp_command, dict(zip(members, found, strict=True)))
+    async def run(qmp: Qmp, *found: Any) -> str:
+        await qmp.call(qmp_command, dict(zip(members, found, strict=True)))
         return ""
 
     return run
@@ -40,46 +39,46 @@ def _quietly(qmp_command: str, *members: str) -> Callable[..., Awaitable[str]]:
 # -- devices and objects
 
 
-async def _device_add(parts: Parts, text: str) -> str:
+async def _device_add(qmp: Qmp, text: str) -> str:
     try:
         options = settings.parse_settings(text, None, "driver")
     except settings.HelpRequested:
-        return _device_help(parts, text.removeprefix("driver=").partition(",")[0])
+        return _device_help(qmp, text.removeprefix("driver=").partition(",")[0])
     except Error as error:
         raise Complaint(f"{error.desc}\n") from None
-    parts.hotplug.add(options, written=True)
+    qmp.parts.hotplug.add(options, written=True)
     return ""
 
 
-def _device_help(parts: Parts, driver: str) -> str:
+def _device_help(qmp: Qmp, driver: str) -> str:
     if driver in ("help", "?"):
         return f"{models_help()}\n"
     try:
-        return f"{device_help(parts.schema, driver)}\n"
+        return f"{device_help(qmp.parts.schema, driver)}\n"
     except Error as error:
         return f"{error.desc}\n"
 
 
-async def _object_add(parts: Parts, text: str) -> str:
+async def _object_add(qmp: Qmp, text: str) -> str:
     try:
-        options = parts.schema.from_option("ObjectOptions", text, "qom-type")
+        options = qmp.parts.schema.from_option("ObjectOptions", text, "qom-type")
     except HelpRequested as request:
-        return f"{object_help(parts.schema, request.options.get('qom-type'))}\n"
+        return f"{object_help(qmp.parts.schema, request.options.get('qom-type'))}\n"
     except Error as error:
-        raise _without_secret(parts, text, error) from None
-    await call(parts, "object-add", options)
+        raise _without_secret(qmp, text, error) from None
+    await qmp.call("object-add", options)
     return ""
 
 
-def _without_secret(parts: Parts, text: str, error: Error) -> Error:
+def _without_secret(qmp: Qmp, text: str, error: Error) -> Error:
     """A refusal to read an object's options, without what may be a piece of a secret's value.
 
     A comma that was not doubled, or a quotation mark, lets a piece look like a parameter.
     """
-    options = parts.schema.types["ObjectOptions"]
+    options = qmp.parts.schema.types["ObjectOptions"]
     assert isinstance(options, ObjectType), "object-add takes an object"
     known = {"qom-type", "id"}
-    for branch in map(parts.schema.types.__getitem__, options.branches.values()):
+    for branch in map(qmp.parts.schema.types.__getitem__, options.branches.values()):
         known |= {member.name for member in branch.members} if isinstance(branch, ObjectType) else set()
     named = re.match(r"Parameter '([^']*)'", error.desc)
     if "secret" not in text or (named is not None and named[1] in known):
@@ -87,27 +86,27 @@ def _without_secret(parts: Parts, text: str, error: Error) -> Error:
     return Error("The options of the secret can't be read; a comma within a value is written twice")
 
 
-async def _qom_list(parts: Parts, path: str | None) -> str:
+async def _qom_list(qmp: Qmp, path: str | None) -> str:
     if path is None:
         return "/\n"
-    found = await call(parts, "qom-list", {"path": path})
+    found = await qmp.call("qom-list", {"path": path})
     return "".join(f"{each['name']} ({each['type']})\n" for each in found)
 
 
-async def _qom_get(parts: Parts, path: str, name: str) -> str:
-    return printed.json(await call(parts, "qom-get", {"path": path, "property": name}))
+async def _qom_get(qmp: Qmp, path: str, name: str) -> str:
+    return printed.json(await qmp.call("qom-get", {"path": path, "property": name}))
 
 
-async def _qom_set(parts: Parts, as_json: bool, path: str, name: str, text: str) -> str:
-    value = parse_json(text) if as_json else _property_value(parts, path, name, text)
-    await call(parts, "qom-set", {"path": path, "property": name, "value": value})
+async def _qom_set(qmp: Qmp, as_json: bool, path: str, name: str, text: str) -> str:
+    value = parse_json(text) if as_json else _property_value(qmp, path, name, text)
+    await qmp.call("qom-set", {"path": path, "property": name, "value": value})
     return ""
 
 
-def _property_value(parts: Parts, path: str, name: str, text: str) -> object:
+def _property_value(qmp: Qmp, path: str, name: str, text: str) -> object:
     """What a text means as a value of a property: a number, a boolean, or just that text."""
     try:
-        found = parts.objects.resolve(path).property(name)
+        found = qmp.parts.objects.resolve(path).property(name)
     except Error:
         # Setting it will say so, in its own words.
         return text
@@ -124,39 +123,41 @@ def _property_value(parts: Parts, path: str, name: str, text: str) -> object:
 # -- nodes
 
 
-async def _drive_del(parts: Parts, name: str) -> str:
+async def _drive_del(qmp: Qmp, name: str) -> str:
     """Close a node."""
-    if parts.graph.find(name) is None:
+    if qmp.parts.graph.find(name) is None:
         return f"Device '{name}' not found\n"
     try:
-        await call(parts, "blockdev-del", {"node-name": name})
+        await qmp.call("blockdev-del", {"node-name": name})
     except Error as error:
         return f"{error.desc}\n"
     return ""
 
 
-async def _snapshot_blkdev(parts: Parts, reuse: bool, device: str, file: str | None, form: str | None) -> str:
+async def _snapshot_blkdev(qmp: Qmp, reuse: bool, device: str, file: str | None, form: str | None) -> str:
     if file is None:
         raise Error("Parameter 'snapshot-file' is missing")
     mode = "existing" if reuse else "absolute-paths"
     arguments = {"device": device, "snapshot-file": file, "format": form, "mode": mode}
-    await call(parts, "blockdev-snapshot-sync", arguments)
+    await qmp.call("blockdev-snapshot-sync", arguments)
     return ""
 
 
-async def _qemu_io(parts: Parts, is_device: bool, name: str, line: str) -> str:
+async def _qemu_io(qmp: Qmp, is_device: bool, name: str, line: str) -> str:
     if is_device:
-        return await _on(parts, parts.devices.backend(name), line)
-    if parts.graph.find(name) is None and (disk := parts.devices.disk(name)) is not None:
+        return await _on(qmp, qmp.parts.devices.backend(name), line)
+    if qmp.parts.graph.find(name) is None and (disk := qmp.parts.devices.disk(name)) is not None:
         # Not in QEMU: the plain id of a device means its disk.
-        return await _on(parts, disk, line)
-    with Backend(parts.graph, perm=Permission.nothing()).use(parts.graph.lookup(None, name)) as backend:
-        return await _on(parts, backend, line)
+        return await _on(qmp, disk, line)
+    with Backend(qmp.parts.graph, perm=Permission.nothing()).use(
+        qmp.parts.graph.lookup(None, name)
+    ) as backend:
+        return await _on(qmp, backend, line)
 
 
-async def _on(parts: Parts, backend: Backend, line: str) -> str:
+async def _on(qmp: Qmp, backend: Backend, line: str) -> str:
     try:
-        await QemuIO(backend, parts.stdout, sys.stderr).execute(line)
+        await QemuIO(backend, qmp.parts.stdout, sys.stderr).execute(line)
     except Error as error:
         return "".join(f"{line}\n" for line in error.lines)
     return ""
@@ -165,22 +166,22 @@ async def _on(parts: Parts, backend: Backend, line: str) -> str:
 # -- the NBD server
 
 
-async def _nbd_server_start(parts: Parts, all_disks: bool, writable: bool, address: str) -> str:
+async def _nbd_server_start(qmp: Qmp, all_disks: bool, writable: bool, address: str) -> str:
     if writable and not all_disks:
         raise Error("-w only valid together with -a")
     found = written_address(address)
-    await call(parts, "nbd-server-start", {"addr": {"type": found.pop("type"), "data": found}})
+    await qmp.call("nbd-server-start", {"addr": {"type": found.pop("type"), "data": found}})
     try:
-        for info in await call(parts, "query-block") if all_disks else ():
-            await call(parts, "nbd-server-add", {"device": info["device"], "writable": writable})
+        for info in await qmp.call("query-block") if all_disks else ():
+            await qmp.call("nbd-server-add", {"device": info["device"], "writable": writable})
     except BaseException:
-        await call(parts, "nbd-server-stop")
+        await qmp.call("nbd-server-stop")
         raise
     return ""
 
 
-async def _nbd_server_remove(parts: Parts, force: bool, name: str) -> str:
-    await call(parts, "nbd-server-remove", {"name": name, "mode": "hard" if force else "safe"})
+async def _nbd_server_remove(qmp: Qmp, force: bool, name: str) -> str:
+    await qmp.call("nbd-server-remove", {"name": name, "mode": "hard" if force else "safe"})
     return ""
 
 

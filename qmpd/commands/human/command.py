@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from qmpd.commands.human import qmp
 from qmpd.commands.human.line import Parameter
-from qmpd.commands.parts import Parts
+from qmpd.commands.human.qmp import Qmp
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +16,7 @@ class Command:
     :param names: what it is called, separated by ``|``.
     :param takes: what it takes, as people write it.
     :param does: what it does, in a few words.
-    :param run: takes the parts and a value for each parameter; returns the reply, with plain line ends.
+    :param run: takes a `Qmp` and a value for each parameter; returns the reply, with plain line ends.
     :param needs: the QMP command without which this one is not there either.
     """
 
@@ -32,15 +31,15 @@ class Command:
         """Whether this is one of its names."""
         return name in self.names.split("|")
 
-    def is_here(self, parts: Parts) -> bool:
+    def is_here(self, qmp: Qmp) -> bool:
         """Whether this daemon has it."""
-        return self.needs is None or qmp.has(parts, self.needs)
+        return self.needs is None or qmp.has(self.needs)
 
     def usage(self, prefix: str = "") -> str:
         """The line that helps."""
         return f"{prefix}{self.names} {self.takes} -- {self.does}\n"
 
 
-def find(parts: Parts, table: tuple[Command, ...], name: str) -> Command | None:
+def find(qmp: Qmp, table: tuple[Command, ...], name: str) -> Command | None:
     """The command of a table that is called so, if this daemon has it."""
-    return next((each for each in table if each.is_called(name) and each.is_here(parts)), None)
+    return next((each for each in table if each.is_called(name) and each.is_here(qmp)), None)

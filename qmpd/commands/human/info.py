@@ -8,17 +8,16 @@ from typing import Final
 from qmpd.commands.human import printed
 from qmpd.commands.human.command import Command
 from qmpd.commands.human.line import Flag, Word
-from qmpd.commands.human.qmp import call
-from qmpd.commands.parts import Parts
+from qmpd.commands.human.qmp import Qmp
 from qmpd.errors import DeviceNotFound
 from qmpd.qom.object import Object
 from qmpd.qom.option_help import models_help
 from qmpd.qom.tree import AmbiguousPath
 
 
-async def _block(parts: Parts, nodes: bool, verbose: bool, name: str | None) -> str:
+async def _block(qmp: Qmp, nodes: bool, verbose: bool, name: str | None) -> str:
     """Disks, or with `nodes` or a name that no disk has, nodes."""
-    disks = [] if nodes else await call(parts, "query-block")
+    disks = [] if nodes else await qmp.call("query-block")
     shown = [
         ("\n" if index else "") + printed.disk(info, verbose=verbose)
         for index, info in enumerate(disks)
@@ -29,57 +28,57 @@ async def _block(parts: Parts, nodes: bool, verbose: bool, name: str | None) -> 
     # A blank line is in front of every node but the newest, shown or not.
     return "".join(
         ("\n" if index else "") + printed.node(info, verbose=verbose)
-        for index, info in enumerate(await call(parts, "query-named-block-nodes"))
+        for index, info in enumerate(await qmp.call("query-named-block-nodes"))
         if name is None or name == info["node-name"]
     )
 
 
-async def _block_jobs(parts: Parts) -> str:
+async def _block_jobs(qmp: Qmp) -> str:
     """Jobs that belong to a node: there are none yet."""
     return "No active jobs\n"
 
 
-async def _block_stats(parts: Parts) -> str:
-    return "".join(map(printed.counters, await call(parts, "query-blockstats")))
+async def _block_stats(qmp: Qmp) -> str:
+    return "".join(map(printed.counters, await qmp.call("query-blockstats")))
 
 
-async def _chardev(parts: Parts) -> str:
-    found = await call(parts, "query-chardev")
+async def _chardev(qmp: Qmp) -> str:
+    found = await qmp.call("query-chardev")
     return "".join(f"{info['label']}: filename={info['filename']}\n" for info in found)
 
 
-async def _cpus(parts: Parts) -> str:
-    found = await call(parts, "query-cpus-fast")
+async def _cpus(qmp: Qmp) -> str:
+    found = await qmp.call("query-cpus-fast")
     return "".join(
         f"{' ' if index else '*'} CPU #{info['cpu-index']}: thread_id={info['thread-id']}\n"
         for index, info in enumerate(found)
     )
 
 
-async def _io_threads(parts: Parts) -> str:
-    return "".join(map(printed.io_thread, await call(parts, "query-iothreads")))
+async def _io_threads(qmp: Qmp) -> str:
+    return "".join(map(printed.io_thread, await qmp.call("query-iothreads")))
 
 
-async def _kvm(parts: Parts) -> str:
-    info = await call(parts, "query-kvm")
+async def _kvm(qmp: Qmp) -> str:
+    info = await qmp.call("query-kvm")
     state = "enabled" if info["enabled"] else "disabled" if info["present"] else "not compiled"
     return f"kvm support: {state}\n"
 
 
-async def _name(parts: Parts) -> str:
-    info = await call(parts, "query-name")
+async def _name(qmp: Qmp) -> str:
+    info = await qmp.call("query-name")
     return f"{info['name']}\n" if "name" in info else ""
 
 
-async def _models(parts: Parts) -> str:
+async def _models(qmp: Qmp) -> str:
     return f"{models_help()}\n"
 
 
-async def _qom_tree(parts: Parts, path: str | None) -> str:
+async def _qom_tree(qmp: Qmp, path: str | None) -> str:
     """An object and all below it."""
     path = "/machine" if path is None else path
     try:
-        found = parts.objects.resolve(path)
+        found = qmp.parts.objects.resolve(path)
     except (AmbiguousPath, DeviceNotFound):
         return f"Path '{path}' could not be resolved.\n"
     return "".join(f"{line}\n" for line in _objects(found, ""))
@@ -91,16 +90,16 @@ def _objects(found: Object, indent: str) -> Iterator[str]:
         yield from _objects(child, f"{indent}  ")
 
 
-async def _status(parts: Parts) -> str:
-    return printed.status(await call(parts, "query-status"))
+async def _status(qmp: Qmp) -> str:
+    return printed.status(await qmp.call("query-status"))
 
 
-async def _uuid(parts: Parts) -> str:
-    return f"{(await call(parts, 'query-uuid'))['UUID']}\n"
+async def _uuid(qmp: Qmp) -> str:
+    return f"{(await qmp.call('query-uuid'))['UUID']}\n"
 
 
-async def _version(parts: Parts) -> str:
-    version = await call(parts, "query-version")
+async def _version(qmp: Qmp) -> str:
+    version = await qmp.call("query-version")
     number = version["qemu"]
     return f"{number['major']}.{number['minor']}.{number['micro']}{version['package']}\n"
 

@@ -1,9 +1,10 @@
-"""The way from a text command to the QMP command that does the work."""
+"""The way from a text command to the QMP commands that do the work."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from qmpd.commands import (
@@ -19,7 +20,8 @@ from qmpd.commands import (
     qom,
     run_state,
 )
-from qmpd.commands.parts import Handler, Parts
+from qmpd.commands.parts import WITH_DESCRIPTORS, Handler, Parts
+from qmpd.descriptors import ClientDescriptors
 
 _MODULES: Final = (
     absent,
@@ -40,19 +42,30 @@ _HANDLERS: Final[Mapping[str, Handler]] = {
 }
 
 
-def has(parts: Parts, name: str) -> bool:
-    """Whether this daemon has a QMP command."""
-    return name in parts.schema.commands
+@dataclass(frozen=True)
+class Qmp:
+    """The QMP commands, as they are for the client that has typed a line.
 
-
-async def call(parts: Parts, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
-    """Execute a QMP command.
-
-    :param arguments: those that are None are left out.
-    :return: what the command returns.
-    :raise Error: as the command does.
+    :param parts: the daemon's.
+    :param client: the descriptors that the client has passed.
     """
-    given = {key: value for key, value in (arguments or {}).items() if value is not None}
-    parts.schema.commands[name].validate(given)
-    result = _HANDLERS[name](parts, given)
-    return await result if inspect.isawaitable(result) else result
+
+    parts: Parts
+    client: ClientDescriptors
+
+    def has(self, name: str) -> bool:
+        """Whether this daemon has a command."""
+        return name in self.parts.schema.commands
+
+    async def call(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Execute a command.
+
+        :param arguments: those that are None are left out.
+        :return: what it returns.
+        :raise Error: as it does.
+        """
+        given = {key: value for key, value in (arguments or {}).items() if value is not None}
+        self.parts.schema.commands[name].validate(given)
+        client = (self.client,) if name in WITH_DESCRIPTORS else ()
+        result = _HANDLERS[name](self.parts, given, *client)
+        return await result if inspect.isawaitable(result) else result
