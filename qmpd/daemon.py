@@ -16,7 +16,7 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node
 from qmpd.commands import block_export, table
-from qmpd.commands.parts import Parts
+from qmpd.commands.parts import WITH_DESCRIPTORS, Parts
 from qmpd.crypto.memory import KeyMemory
 from qmpd.descriptors import Allowance, FdSets, NamedDescriptors
 from qmpd.export.exports import Exports
@@ -120,7 +120,7 @@ class Daemon:
             system=self._machine,
         )
         self._dispatcher = Dispatcher(
-            self.schema, table.handlers(self._parts), table.GIVEN_UP, table.WITH_DESCRIPTORS
+            self.schema, table.handlers(self._parts), table.GIVEN_UP, WITH_DESCRIPTORS
         )
         self._monitors: list[Monitor] = []
         self._ending = asyncio.Event()
