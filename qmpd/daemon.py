@@ -16,7 +16,7 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node
 from qmpd.commands import block_export, table
-from qmpd.commands.parts import Parts
+from qmpd.commands.parts import WITH_DESCRIPTORS, Parts
 from qmpd.crypto.memory import KeyMemory
 from qmpd.descriptors import Allowance, FdSets, NamedDescriptors
 from qmpd.export.exports import Exports
@@ -120,7 +120,7 @@ class Daemon:
             system=self._machine,
         )
         self._dispatcher = Dispatcher(
-            self.schema, table.handlers(self._parts), table.GIVEN_UP, table.WITH_DESCRIPTORS
+            self.schema, table.handlers(self._parts), table.GIVEN_UP, WITH_DESCRIPTORS
         )
         self._monitors: list[Monitor] = []
         self._ending = asyncio.Event()
@@ -146,9 +146,11 @@ class Daemon:
     def use_memory(self, backend_id: str) -> None:
         """Make an object the machine's memory.
 
-        :raise Error: if it is not there or no memory.
+        :raise Error: if it is not there or no memory, or not as much as the machine is to have.
         """
-        self._objects.use_memory(backend_id)
+        size = self._objects.use_memory(backend_id)
+        if self._machine is not None:
+            self._machine.use_memory(size)
 
     async def add_blockdev(self, options: dict[str, Any]) -> None:
         """Open a node.

@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from qmpd.cli.chardev_options import HelpRequested, Kind, parse_settings
 from qmpd.errors import Error
 from qmpd.machine.command_line import PARAMETERS
+from qmpd.qapi.settings import HelpRequested, Kind, parse_settings
 
 #: Looks at an option's value.
 Check = Callable[[str], None]

@@ -19,9 +19,10 @@ from qmpd.cli.options import Answered, Option, naming
 from qmpd.errors import Error
 from qmpd.monitor.chardev import ChardevConfig
 from qmpd.qapi import HelpRequested, Schema
-from qmpd.qapi.types import EnumType, ObjectType
+from qmpd.qapi import settings as dialect
+from qmpd.qapi.settings import Kind, is_identifier, parse_settings
 from qmpd.qjson import parse_json
-from qmpd.qom.object import OBJECT_TYPE_NAMES, schema_properties
+from qmpd.qom.option_help import object_help
 
 if TYPE_CHECKING:
     from qmpd.cli.systemd import PassedSocket
@@ -66,7 +67,7 @@ class Start:
 
     async def _add_passed_socket(self, index: int, passed: PassedSocket) -> None:
         identifier = passed.name
-        if not chardev_options.is_identifier(identifier) or identifier in self._identifiers:
+        if not is_identifier(identifier) or identifier in self._identifiers:
             identifier = f"systemd{index}"
         config = ChardevConfig(id=identifier, kind="socket", fd=passed.descriptor, server=True, wait=False)
         await self._add_chardev(config)
@@ -76,7 +77,7 @@ class Start:
         try:
             arguments = self._schema.from_option("ObjectOptions", option.value, "qom-type")
         except HelpRequested as request:
-            raise Answered(_object_help(self._schema, request.options.get("qom-type"))) from None
+            raise Answered(object_help(self._schema, request.options.get("qom-type"))) from None
         await self.daemon.add_object(arguments)
 
     async def _blockdev(self, option: Option) -> None:
@@ -88,8 +89,8 @@ class Start:
             arguments: dict[str, Any] = parse_json(option.value)
         else:
             try:
-                arguments = chardev_options.parse_settings(option.value, None, "driver")
-            except chardev_options.HelpRequested:
+                arguments = parse_settings(option.value, None, "driver")
+            except dialect.HelpRequested:
                 raise Error("Help is not available for this option") from None
             self._note_device_id(arguments.get("id"))
         if "driver" not in arguments:
@@ -106,7 +107,7 @@ class Start:
     async def _chardev(self, option: Option) -> None:
         try:
             config = chardev_options.chardev_config(option.value)
-        except chardev_options.HelpRequested:
+        except dialect.HelpRequested:
             kinds = "".join(f"\n  {kind}" for kind in chardev_options.CHARDEV_KINDS)
             raise Answered(f"Available chardev backend types:{kinds}") from None
         await self._add_chardev(config)
@@ -176,10 +177,10 @@ class Start:
             raise Error("Only QMP is supported")
 
     async def _trace(self, option: Option) -> None:
-        known = dict.fromkeys(("enable", "events", "file"), chardev_options.Kind.TEXT)
+        known = dict.fromkeys(("enable", "events", "file"), Kind.TEXT)
         try:
-            settings = chardev_options.parse_settings(option.value, known, "enable")
-        except chardev_options.HelpRequested:
+            settings = parse_settings(option.value, known, "enable")
+        except dialect.HelpRequested:
             raise Answered("There are no trace events.") from None
         if event := settings.get("enable"):
             # A warning and no error: it is what qemu-storage-daemon says of an event that it does not have.
@@ -228,16 +229,3 @@ _ACTIONS: Final[Mapping[str, Callable[[Start, Option], Awaitable[None]]]] = {
     "qtest": Start._qtest,
     "trace": Start._trace,
 }
-
-
-def _object_help(schema: Schema, type_name: object) -> str:
-    """Return the list of object types, or of one type's properties if there is such a type."""
-    options_type = schema.types["ObjectOptions"]
-    assert isinstance(options_type, ObjectType), "object-add takes an object"
-    if isinstance(type_name, str) and type_name in options_type.branches:
-        properties = schema_properties(schema, options_type.branches[type_name], OBJECT_TYPE_NAMES)
-        lines = sorted(f"  {name}=<{type_}>" for name, type_ in properties.items())
-        return "\n".join([f"{type_name} options:", *lines])
-    kinds = schema.types["ObjectType"]
-    assert isinstance(kinds, EnumType), "ObjectType is an enum"
-    return "\n".join(["List of user creatable objects:", *(f"  {value.name}" for value in kinds.values)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from qmpd.block.graph import Graph
 from qmpd.descriptors import FdSets
@@ -60,5 +60,10 @@ class Parts:
 
 
 #: Takes the parts and the validated arguments; returns a plain value in QAPI's names, or an awaitable of one.
-#: Those in `table.WITH_DESCRIPTORS` take the client's ClientDescriptors as well.
+#: Those of `WITH_DESCRIPTORS` take the client's ClientDescriptors as well.
 Handler = Callable[..., Any]
+
+#: The commands that are told of the descriptors that their client has passed.
+WITH_DESCRIPTORS: Final = frozenset(
+    {"add-fd", "closefd", "getfd", "human-monitor-command", "nbd-server-start"}
+)

@@ -50,9 +50,6 @@ _SYSTEM_MODULES: Final = (absent, emulator, migration, run_state)
 #: and undoes all of itself.
 GIVEN_UP: Final = frozenset({"blockdev-add"})
 
-#: What is told of the descriptors that its client has passed.
-WITH_DESCRIPTORS: Final = frozenset({"add-fd", "closefd", "getfd", "nbd-server-start"})
-
 
 def handlers(parts: Parts) -> dict[str, Callable[..., Any]]:
     """The handlers by command name, each bound to the parts of this daemon.

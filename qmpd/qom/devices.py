@@ -138,11 +138,12 @@ class Devices:
 
     # -- plugging in
 
-    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True) -> Device:
+    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True, written: bool = False) -> Device:
         """Plug a device in, as `device_add` does.
 
         :param options: the members of `device_add`, as the client sent them.
         :param hotplugged: False on the command line, where buses take what they don't take later.
+        :param written: the options were written as ``key=value``; errors are worded accordingly.
         :return: the device.
         :raise Error: if that can't be done; then nothing has changed.
         """
@@ -157,7 +158,7 @@ class Devices:
             device_id = None
         device = Device(model, self._tree.schema, device_id, bus, hotplugged=hotplugged)
         name = self._reserve_name(device_id)
-        self._set_properties(device, options)
+        self._set_properties(device, options, written=written)
         node = self._drive(device, options)
         self._check_pci(device)
         self._place(device)
@@ -207,7 +208,7 @@ class Devices:
             raise Error(f"Duplicate device ID '{device_id}'")
         return device_id
 
-    def _set_properties(self, device: Device, options: Mapping[str, Any]) -> None:
+    def _set_properties(self, device: Device, options: Mapping[str, Any], *, written: bool) -> None:
         model, schema = device.model, self._tree.schema
         given = {name: value for name, value in options.items() if name not in _COMMAND_MEMBERS}
         known = schema_properties(schema, model.struct, {}).keys() - absent_properties(model.name)
@@ -221,7 +222,7 @@ class Devices:
         if "addr" in given and "addr" in known:
             given["addr"] = pci_address(model.name, given["addr"])
         values = schema.coerce(model.struct, given)
-        if not device.hotplugged and all(isinstance(value, str) for value in given.values()):
+        if written or (not device.hotplugged and all(isinstance(value, str) for value in given.values())):
             schema.validate_option(model.struct, values)
         else:
             schema.validate(model.struct, values)
