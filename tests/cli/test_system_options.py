@@ -149,7 +149,7 @@ def test_nothing_is_promised_that_is_not_kept(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], {"type": "pc-i440fx-10.0", "memory": 128 << 20, "cpus": 1, "started": True}),
+        ([], {"type": "pc-i440fx-10.0", "memory": None, "cpus": 1, "started": True}),
         (["-M", "q35"], {"type": "pc-q35-10.0"}),
         (["-machine", "type=q35,usb=off", "-machine", "hpet=off"], {"type": "pc-q35-10.0"}),
         (["-machine", "q35", "-M", "none"], {"type": "none"}),
@@ -158,6 +158,7 @@ def test_nothing_is_promised_that_is_not_kept(arguments: list[str]) -> None:
         (["-m", "1.5G,slots=2,maxmem=4G"], {"memory": 3 << 29}),
         (["-m", "63.5k"], {"memory": 65536}),
         (["-m", "64", "-m", "0"], {"memory": 128 << 20}),
+        (["-M", "none", "-m", "0"], {"memory": 0}),
         (["-smp", "4,maxcpus=8"], {"cpus": 4}),
         (["-smp", "maxcpus=4"], {"cpus": 4}),
         (["-smp", "cores=4,threads=2"], {"cpus": 8}),
