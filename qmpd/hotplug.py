@@ -97,7 +97,7 @@ class Hotplug:
         device = self._devices.removable(device_id)
         if device in self._leaving:
             raise Error(f"Device {device_id} is already in the process of unplug")
-        going = device.with_children()
+        going = device.leaving()
         self._leaving.update(going)
         try:
             for each in going:

@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     TEXT = enum.auto()
     SWITCH = enum.auto()
     NUMBER = enum.auto()
+    SIZE = enum.auto()
 
 
 _SWITCH: Final[Mapping[str, bool]] = {
@@ -128,6 +129,20 @@ def _number(key: str, value: str) -> int:
         raise Error(f"Parameter '{key}' expects a number") from None
 
 
+def _size(key: str, value: str) -> int:
+    from qmpd.qapi.keyval import read_size  # an emulator's probing is to start soon: few options are sizes
+
+    if value.startswith("-") and value[1:].isdecimal():
+        raise Error(f"Value '{value}' is out of range for parameter '{key}'")
+    size = read_size(value)
+    if size is None:
+        raise Error(
+            f"Parameter '{key}' expects a non-negative number below 2^64",
+            hint="A suffix k, M, G, T, P or E counts in units of 2^10, 2^20, 2^30 and so on.",
+        )
+    return size
+
+
 def _text(key: str, value: str) -> str:
     return value
 
@@ -136,6 +151,7 @@ _CONVERTERS: Final[Mapping[Kind, Callable[[str, str], Any]]] = {
     Kind.TEXT: _text,
     Kind.SWITCH: _switch,
     Kind.NUMBER: _number,
+    Kind.SIZE: _size,
 }
 
 
@@ -143,7 +159,7 @@ _CONVERTERS: Final[Mapping[Kind, Callable[[str, str], Any]]] = {
 _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
     Kind.TEXT: """
         backend chardev chardevs.0 chardevs.1 chardevs.2 chardevs.3 fd host input-path localaddr localport
-        logfile name path port size tls-authz tls-creds
+        logfile name path port tls-authz tls-creds
         mode group users groups
     """,
     Kind.SWITCH: """
@@ -151,6 +167,7 @@ _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
         tn3270 wait websocket
     """,
     Kind.NUMBER: "cols debug height reconnect reconnect-ms rows to width",
+    Kind.SIZE: "size",
 }
 
 #: Every setting there is; ``mode``, ``group``, ``users`` and ``groups`` are ours.  One that belongs to
@@ -160,7 +177,7 @@ CHARDEV_SETTINGS: Final[Mapping[str, Kind]] = {
 }
 
 #: The kinds there are.
-CHARDEV_KINDS: Final = ("socket", "stdio")
+CHARDEV_KINDS: Final = ("null", "ringbuf", "socket", "stdio")
 
 #: What QEMU's sockets can do and ours cannot: refused, because leaving it out would change what is promised.
 _UNSUPPORTED: Final = (
@@ -199,8 +216,10 @@ def _config(settings: Mapping[str, Any]) -> ChardevConfig:
     for name in _UNSUPPORTED:
         if settings.get(name):
             raise Error(f"Parameter '{name}' is not supported by qmpd")
-    if settings["backend"] == "stdio":
-        return ChardevConfig(id=settings["id"], kind="stdio")
+    if settings["backend"] == "ringbuf" and settings.get("size", 1).bit_count() != 1:
+        raise Error("size of ringbuf chardev must be power of two")
+    if settings["backend"] != "socket":
+        return ChardevConfig(id=settings["id"], kind=settings["backend"])
     server = settings.get("server", False)
     if not server and "wait" in settings:
         raise Error("'wait' option is incompatible with socket in client connect mode")
@@ -264,7 +283,7 @@ def _names(key: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
 _SHORTCUT: Final = re.compile(
     r"""(?: unix:(?P<path>(?:[^,]|,,)*)
           | tcp:(?:\[(?P<bracketed>[^],]*)\]|(?P<host>[^:,]*)):(?P<port>[^:,]+)
-          | (?P<stdio>(?:mon:)?stdio)
+          | (?:mon:)?(?P<bare>stdio|null)
         )
         (?:,(?P<rest>.*))?\Z""",
     re.VERBOSE | re.DOTALL,
@@ -272,7 +291,7 @@ _SHORTCUT: Final = re.compile(
 
 
 def monitor_shortcut(text: str, index: int) -> ChardevConfig:
-    """Return the character device of ``--qmp unix:PATH,...``, ``tcp:HOST:PORT,...`` or ``stdio``.
+    """Return the character device of ``--qmp unix:PATH,...``, ``tcp:HOST:PORT,...``, ``stdio`` or ``null``.
 
     :param index: how many such options came before; it makes the id that QEMU makes.
     :raise Error: in QEMU's words where it has some.
@@ -281,7 +300,7 @@ def monitor_shortcut(text: str, index: int) -> ChardevConfig:
     if found is None:
         raise Error(f"'{text}' is not a valid char driver: unix:PATH, tcp:HOST:PORT or stdio is expected")
     settings = parse_settings(found["rest"] or "", CHARDEV_SETTINGS)
-    settings |= {"id": f"compat_monitor{index}", "backend": "stdio" if found["stdio"] else "socket"}
+    settings |= {"id": f"compat_monitor{index}", "backend": found["bare"] or "socket"}
     if found["path"] is not None:
         settings["path"] = found["path"].replace(",,", ",")
     elif found["port"] is not None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from qmpd.commands import (
+    absent,
     block_core,
     block_export,
     char,
@@ -43,7 +44,7 @@ _MODULES: Final = (
 )
 
 #: Of the program that stands for an emulator.
-_SYSTEM_MODULES: Final = (emulator, migration, run_state)
+_SYSTEM_MODULES: Final = (absent, emulator, migration, run_state)
 
 #: What is cancelled when the client that wants it goes away: it may have a key derived, which takes long,
 #: and undoes all of itself.

@@ -2,10 +2,10 @@
 
 A *socket* listens (`server`) or connects, on a UNIX path, an abstract UNIX name,
 TCP, or a descriptor that somebody passed; *stdio* is one session on standard input
-and output (:mod:`qmpd.monitor.stdio`).  A character device is opened when its
-option comes, so that errors are told in the options' order, and starts to serve
-when a monitor is attached to it.  QEMU serves one client at a time on a listening
-socket; here each one is served.
+and output (:mod:`qmpd.monitor.stdio`); by *null* and *ringbuf* nobody ever comes in.
+A character device is opened when its option comes, so that errors are told in the
+options' order, and starts to serve when a monitor is attached to it.  QEMU serves one
+client at a time on a listening socket; here each one is served.
 
 A UNIX socket is made with mode 0600 (QEMU: whatever the umask leaves), and nobody
 can connect with another mode for even a moment: Linux creates the file with the
@@ -53,7 +53,7 @@ class ChardevConfig:
     """What a character device is to be.
 
     :param id: its name, QEMU's `label`.
-    :param kind: `socket` or `stdio`.
+    :param kind: `socket`, `stdio`, `null` or `ringbuf`.
     :param path: of a UNIX socket; an abstract one begins with a zero byte.
     :param host: of a TCP socket, a name or an address; empty for every address of this machine.
     :param port: a number or the name of a service; `0` for any that is free.
@@ -152,6 +152,23 @@ class StdioChardev(Chardev):
     def filename(self) -> str:
         """Always the same."""
         return "stdio"
+
+
+class EmptyChardev(Chardev):
+    """Nobody is at its other end: `null`, and `ringbuf`, which keeps what nobody here writes."""
+
+    async def open(self, announce: Announce) -> None:
+        """There is nothing to open."""
+
+    async def _serve(self) -> None:
+        """No client ever comes."""
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+    def filename(self) -> str:
+        """Its kind."""
+        return self.config.kind
 
 
 class SocketChardev(Chardev):
@@ -410,7 +427,12 @@ def _endpoint(name: tuple[Any, ...]) -> str:
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-_KINDS: Final[dict[str, type[Chardev]]] = {"socket": SocketChardev, "stdio": StdioChardev}
+_KINDS: Final[dict[str, type[Chardev]]] = {
+    "null": EmptyChardev,
+    "ringbuf": EmptyChardev,
+    "socket": SocketChardev,
+    "stdio": StdioChardev,
+}
 
 
 class Chardevs:
