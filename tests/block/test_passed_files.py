@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -203,6 +204,30 @@ async def test_past_the_page_cache_goes_a_descriptor_that_was_opened_so(graph: G
     assert bytes(await backend.pread(1, 8191)) == b"a" * 8191
     with pytest.raises(Error, match=r"^Failed to find file descriptor with matching flags=0x2$"):
         await graph.add(passed("m", number=1))
+
+
+async def test_past_the_page_cache_a_second_descriptor_is_only_opened_if_the_set_has_none(
+    graph: Graph, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        add(graph, image, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        pytest.skip("the file system has no O_DIRECT")
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qmpd.block.drivers.file.os.open", refuse)
+        with pytest.raises(Error, match=r"^Could not open '/dev/fdset/0': Permission denied$"):
+            await graph.add(passed(cache={"direct": True}))
+    add(graph, image)
+    with monkeypatch.context() as patch:
+        patch.setattr("qmpd.block.drivers.file.os.open", refuse)
+        await graph.add(passed(cache={"direct": True}))
+    await graph.delete("n")
+    graph.fdsets.remove(0)
+    assert modes(image) == []
 
 
 # -- making images
