@@ -21,6 +21,8 @@ from qmpd.monitor.stream import CHUNK, DescriptorStream
 
 #: Room for one descriptor.  CMSG_SPACE would round up, to room for two.
 _ROOM: Final = socket.CMSG_LEN(4)
+#: As a number: an enumeration's member takes longer.
+_CLOSE_ON_EXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
 #: Bytes that are received at once unless there are more.
 _SMALL: Final = 4096
 #: What else a socket may be set to receive, which would take that room away: SO_PASSCRED, SO_PASSSEC and
@@ -56,8 +58,11 @@ class UnixStream(DescriptorStream):
                 connection.setsockopt(socket.SOL_SOCKET, option, 0)
 
     def _receive(self) -> bytes:
-        data, ancillary, _, _ = self._recvmsg(self._size, _ROOM, socket.MSG_CMSG_CLOEXEC)
-        self._size = CHUNK if len(data) == self._size else _SMALL
+        data, ancillary, _, _ = self._recvmsg(self._size, _ROOM, _CLOSE_ON_EXEC)
+        if len(data) == self._size:
+            self._size = CHUNK
+        elif self._size != _SMALL:
+            self._size = _SMALL
         if ancillary:
             ((_, _, descriptor),) = ancillary
             self._descriptor_received(int.from_bytes(descriptor, sys.byteorder))

@@ -14,6 +14,7 @@ import mmap
 import os
 import stat
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qmpd.block import allocation, creation
@@ -217,8 +218,10 @@ class FileNode(Node):
         direct = open_regular(fdsets, filename, flags | os.O_DIRECT, same_as=same_as)
         try:
             if self._was_passed:
-                # Who passes one with O_DIRECT, as QEMU wants it, need not know that here it takes two.
-                return open_regular(fdsets, f"/proc/self/fd/{direct}", flags), direct
+                # QEMU only wants the one with O_DIRECT, so the set need not have another.
+                with suppress(Error):
+                    return open_regular(fdsets, filename, flags, same_as=direct), direct
+                filename = f"/proc/self/fd/{direct}"
             return open_regular(fdsets, filename, flags), direct
         except BaseException:
             fdsets.close(direct)
