@@ -29,6 +29,7 @@ PEER_SETTLE: Final = 0.05
 CHECKOUT: Final = Path(__file__).parent.parent
 
 QMPD: Final = (sys.executable, "-m", "qmpd")
+QMPD_SYSTEM: Final = (sys.executable, "-m", "qmpd.cli.system")
 STORAGE_DAEMON: Final = ("qemu-storage-daemon",)
 #: A machine of QEMU's.  What its `qemu-io` prints is not to wait in a buffer.
 SYSTEM: Final = ("stdbuf", "--output=L", "qemu-system-x86_64")
@@ -100,15 +101,22 @@ class Connection:
             self.events.append(message)
         return message
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, passing: Sequence[int] = ()
+    ) -> Any:
         """Run *command* and return what its reply returned.
 
+        :param passing: descriptors that are sent along.
         :raise CommandError: the reply is an error.
         """
         request: dict[str, Any] = {"execute": command}
         if arguments is not None:
             request["arguments"] = arguments
-        self.send(json.dumps(request).encode() + b"\n")
+        line = json.dumps(request).encode() + b"\n"
+        if passing:
+            socket.send_fds(self.socket, [line], list(passing))
+        else:
+            self.send(line)
         reply = self.reply()
         if "error" in reply:
             raise CommandError(command, reply["error"])
@@ -150,7 +158,8 @@ class RunningDaemon:
         self.stdout = directory / f"{name}.stdout"
         self.stderr = directory / f"{name}.stderr"
         monitor = f"socket,id=mon,path={str(self.socket).replace(',', ',,')},server=on,wait=off"
-        mode = ["-mon", "chardev=mon,mode=control"] if program == SYSTEM else ["--monitor", "chardev=mon"]
+        system = program in (SYSTEM, QMPD_SYSTEM)
+        mode = ["-mon", "chardev=mon,mode=control"] if system else ["--monitor", "chardev=mon"]
         self.command = [*program, *arguments, "--chardev", monitor, *mode]
         with self.stdout.open("wb") as stdout, self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -196,9 +205,11 @@ class RunningDaemon:
         """Open one more connection to the monitor (qemu-storage-daemon serves one at a time)."""
         return Connection(self.socket, negotiate=negotiate)
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, passing: Sequence[int] = ()
+    ) -> Any:
         """Run a command on the first connection; see :meth:`Connection.execute`."""
-        return self.monitor.execute(command, arguments)
+        return self.monitor.execute(command, arguments, passing=passing)
 
     def qemu_io(self, target: str, command: str) -> str:
         """Run a qemu-io command on a node or device and return what it printed.
@@ -220,6 +231,16 @@ class RunningDaemon:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
         return int(line.split()[1]) * 1024
+
+    def open_files(self) -> list[str]:
+        """Return what the process's descriptors stand for, in order of their names."""
+        shown = []
+        for entry in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            try:
+                shown.append(str(entry.readlink()))
+            except FileNotFoundError:
+                pass
+        return sorted(shown)
 
     def assert_alive(self) -> None:
         """Fail unless a new command is answered and the log is free of tracebacks."""

@@ -7,11 +7,12 @@ from typing import Any, Final
 
 from qmpd.commands import human
 from qmpd.commands.parts import Handler, Parts
+from qmpd.descriptors import ClientDescriptors
 
 
-async def human_monitor_command(parts: Parts, arguments: dict[str, Any]) -> str:
+async def human_monitor_command(parts: Parts, arguments: dict[str, Any], client: ClientDescriptors) -> str:
     """Execute a line of the text monitor."""
-    return await human.execute(parts, arguments["command-line"])
+    return await human.execute(parts, client, arguments["command-line"])
 
 
 HANDLERS: Final[Mapping[str, Handler]] = {

@@ -14,6 +14,7 @@ import pytest
 
 from qmpd.block import file_locks
 from qmpd.block.backend import Backend
+from qmpd.block.drivers.file import FileNode
 from qmpd.block.file_locks import ImageLocks
 from qmpd.block.graph import Graph
 from qmpd.block.permissions import Permission
@@ -137,11 +138,11 @@ async def test_a_file_that_can_not_be_opened_for_writing_keeps_its_locks(
     )
     Backend(graph, perm=READ, shared=ALL & ~Permission.RESIZE).attach(node)
 
-    def refuse(kind: object, driver: str, filename: str, flags: int) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:
-        patch.setattr("qmpd.block.drivers.file.open_kind", refuse)
+        patch.setattr(FileNode, "_open_kind", refuse)
         with pytest.raises(Error, match=f"^Could not open '{image}': Permission denied$"):
             Backend(graph, perm=WRITE).attach(node)
     assert locked(image) == [100, 203]

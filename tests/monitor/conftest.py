@@ -38,12 +38,12 @@ class FakeSchema:
 def fake_dispatcher(handlers: Mapping[str, Handler], **commands: FakeCommand) -> Dispatcher:
     """A dispatcher for these handlers; commands whose entry matters are given with _ for -.
 
-    The command `vain` is given up when its client goes.
+    The command `vain` is given up when its client goes, and `claim` is told of the client's descriptors.
     """
     entries = {name: FakeCommand(frozenset({"value"})) for name in handlers}
     entries |= {name.replace("_", "-"): command for name, command in commands.items()}
     entries["qmp_capabilities"] = FakeCommand(frozenset({"enable"}))
-    return Dispatcher(FakeSchema(entries), handlers, {"vain"})
+    return Dispatcher(FakeSchema(entries), handlers, {"vain"}, {"claim"})
 
 
 class Client:
