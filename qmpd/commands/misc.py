@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from qmpd.commands import human
 from qmpd.commands.parts import Handler, Parts
 
 
 async def human_monitor_command(parts: Parts, arguments: dict[str, Any]) -> str:
     """Execute a line of the text monitor."""
+    # It is of use to few clients, and takes a while to import.
+    from qmpd.commands import human
+
     return await human.execute(parts, arguments["command-line"])
 
 

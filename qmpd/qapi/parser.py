@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 
 class Location:
@@ -134,8 +134,7 @@ class Sequence(list[Any]):
         return Location(self._text, self._numbers[index])
 
 
-@dataclass(frozen=True, slots=True)
-class Documentation:
+class Documentation(NamedTuple):
     """A documentation comment.
 
     :param symbol: the definition that it names in its first line.
@@ -149,8 +148,7 @@ class Documentation:
     members: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Expression:
+class Expression(NamedTuple):
     """One definition: ``kind`` is 'struct', 'command' ... and ``table`` all that was written."""
 
     kind: str
@@ -214,10 +212,9 @@ _PRAGMA_LISTS: Final = frozenset(
     }
 )
 
-#: One token, after space and the comments that document nothing.  A character that begins no token is one by
-#: itself, so nothing is passed over; so is the quote of a string with a mistake, and the first '#' of a
-#: documentation comment without an end.  A string may hold printable ASCII except the backslash: names need no
-#: more.
+#: One token, after space and the comments that document nothing.  A string may hold printable ASCII except
+#: the backslash: names need no more.  A character that begins no token is one by itself, so nothing is passed
+#: over; so is the quote of a faulty string, and the first '#' of a documentation comment without an end.
 _TOKEN: Final = re.compile(
     r"""
     (?: [ \t\r\n]+ | (?! ^\#\#[^\S\n]*$ ) \#[^\n]* )*
