@@ -114,7 +114,8 @@ def _become(arguments: list[str], directory: str, *outputs: str) -> list[str]:
 
 def _program(*arguments: Any) -> int:
     # What takes so long.  Not numpy, which starts threads that a fork would lose.
-    import qmpd.cli.serve  # noqa: F401
+    import qmpd.cli.serve
+    import qmpd.qapi.validation  # noqa: F401
     from qmpd.cli.main import main
 
     given = serve(socket.socket(fileno=int(arguments[0])))
