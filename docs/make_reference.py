@@ -16,7 +16,7 @@ from typing import Any, Final
 CHECKOUT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
-from qmpd.qapi import schema_directory  # noqa: E402
+from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, schema_directory  # noqa: E402
 from qmpd.qapi.parser import Expression, parse_file  # noqa: E402
 
 TARGET: Final = CHECKOUT / "docs" / "qmp-reference.md"
@@ -27,8 +27,11 @@ HEAD: Final = """\
 Every command, event and type that a client of qmpd can meet.  This page is written by
 `docs/make_reference.py` out of the comments in `schema/`; change them, not this page.
 
-A member in *italics* may be left out.
+A member in *italics* may be left out.  A section says so if only the emulator,
+`qmpd-system-x86_64`, has what is in it; all else is in both programs.
 """
+
+EMULATOR_ONLY: Final = "Only `qmpd-system-x86_64` has these."
 
 #: The kinds of definitions that get a heading, and what they are called there.
 KINDS: Final[Mapping[str, str]] = {
@@ -47,20 +50,26 @@ def anchor(name: str) -> str:
 
 
 class Page:
-    """Renders definitions as Markdown; knows all names, so as to link them."""
+    """Renders definitions as Markdown; knows all names, so as to link them.
 
-    def __init__(self, expressions: list[Expression]) -> None:
+    :param in_both: the names of the files whose definitions both programs have.
+    """
+
+    def __init__(self, expressions: list[Expression], in_both: set[str]) -> None:
         self.expressions = expressions
+        self.in_both = in_both
         self.names = {expression.name for expression in expressions}
 
     def text(self) -> str:
         """Return the whole page."""
         by_file: dict[str, list[Expression]] = {}
         for expression in self.expressions:
-            by_file.setdefault(Path(expression.location.file).name, []).append(expression)
+            by_file.setdefault(file_of(expression), []).append(expression)
         lines = [HEAD]
         for file, expressions in by_file.items():
             lines += [f"## {title(file)}", ""]
+            if file not in self.in_both:
+                lines += [EMULATOR_ONLY, ""]
             for expression in expressions:
                 lines += self.definition(expression)
         return "\n".join(lines).rstrip() + "\n"
@@ -134,6 +143,11 @@ class Page:
         )
 
 
+def file_of(expression: Expression) -> str:
+    """Return the name of the schema file that a definition is in."""
+    return Path(expression.location.file).name
+
+
 def title(file: str) -> str:
     """Return the heading in the first comment of a schema file."""
     text = (Path(schema_directory()) / file).read_text(encoding="utf-8")
@@ -149,8 +163,9 @@ def marks(detail: Mapping[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the page, or compare it with the file."""
-    expressions, _ = parse_file(Path(schema_directory()) / "qapi-schema.json")
-    text = Page(expressions).text()
+    common, _ = parse_file(Path(schema_directory()) / STORAGE_SCHEMA)
+    expressions, _ = parse_file(Path(schema_directory()) / SYSTEM_SCHEMA)
+    text = Page(expressions, {file_of(expression) for expression in common}).text()
     if "--check" in arguments:
         if TARGET.read_text(encoding="utf-8") != text:
             print(f"{TARGET.name} is out of date: run docs/make_reference.py", file=sys.stderr)

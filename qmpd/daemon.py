@@ -16,19 +16,25 @@ from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
 from qmpd.block.node import Node
 from qmpd.commands import block_export, table
-from qmpd.commands.parts import Parts
+from qmpd.commands.parts import WITH_DESCRIPTORS, Parts
 from qmpd.crypto.memory import KeyMemory
+from qmpd.descriptors import Allowance, FdSets, NamedDescriptors
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
+from qmpd.machine import types
 from qmpd.machine.config import MachineConfig
 from qmpd.machine.machine import Machine
+from qmpd.machine.properties import properties
 from qmpd.monitor.chardev import Announce, ChardevConfig, Chardevs, SocketChardev
 from qmpd.monitor.dispatch import Dispatcher
+from qmpd.monitor.qtest import QtestConnection
 from qmpd.monitor.server import Monitor
 from qmpd.monitor.throttle import EventThrottle
-from qmpd.qapi import load, schema_directory
+from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, load, schema_directory
+from qmpd.qom.boards import BOARDS, Board
 from qmpd.qom.devices import Devices
+from qmpd.qom.machine import MachineObject
 from qmpd.qom.object import Chardev as ChardevObject
 from qmpd.qom.tree import ObjectTree
 
@@ -65,14 +71,21 @@ class Daemon:
         machine: MachineConfig | None = None,
     ) -> None:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEEPEST_CALLS))
-        self.schema = load(
-            schema_directory(), "qapi-schema.json" if machine is None else "system-schema.json"
-        )
+        self.schema = load(schema_directory(), STORAGE_SCHEMA if machine is None else SYSTEM_SCHEMA)
         self._events = EventThrottle(self._tell)
         key_memory = KeyMemory()
         #: Whether the system lets keys be locked in memory, so that they are never written to swap.
         self.locks_keys = key_memory.take(1).locked
-        self._objects = ObjectTree(self.schema, key_memory)
+        board: Board | None = None
+        if machine is None:
+            self._objects = ObjectTree(self.schema, key_memory)
+        else:
+            machine_type = types.find(machine.type)
+            shown = MachineObject(machine_type.name, properties(machine))
+            self._objects = ObjectTree(self.schema, key_memory, shown, types.TYPES)
+            board = BOARDS[machine_type.family]
+        self._descriptors = Allowance()
+        self._fdsets = FdSets(self._descriptors)
         self._graph = Graph(
             DRIVERS,
             secrets=self._objects.secret_bytes,
@@ -81,9 +94,10 @@ class Daemon:
             pbkdf_memory=pbkdf_memory,
             validate=self._validated_blockdev_options,
             corrupted=self._image_corrupted,
+            fdsets=self._fdsets,
         )
         self._jobs = Jobs(self._emit)
-        self._devices = Devices(self._graph, self._objects, self._emit)
+        self._devices = Devices(self._graph, self._objects, self._emit, board)
         #: The machine of an emulator; a storage daemon has none.
         self._machine = None if machine is None else Machine(machine, self._devices, self._emit, self.quit)
         self._exports = Exports(self._graph, self._emit)
@@ -102,13 +116,24 @@ class Daemon:
             chardevs=self._chardevs.query,
             quit=self._quit_in_order,
             stdout=stdout or sys.stdout,
+            fdsets=self._fdsets,
             system=self._machine,
         )
-        self._dispatcher = Dispatcher(self.schema, table.handlers(self._parts), table.GIVEN_UP)
+        self._dispatcher = Dispatcher(
+            self.schema, table.handlers(self._parts), table.GIVEN_UP, WITH_DESCRIPTORS
+        )
         self._monitors: list[Monitor] = []
         self._ending = asyncio.Event()
 
     # -- what a command line asks for
+
+    def add_fd(self, descriptor: int, fdset: int, opaque: str | None = None) -> None:
+        """Put a copy of an inherited descriptor into a set; the descriptor itself is closed by `run`.
+
+        :param opaque: whatever is to be remembered of it.
+        :raise Error: if it is not one.
+        """
+        self._fdsets.adopt(descriptor, fdset, opaque)
 
     async def add_object(self, options: dict[str, Any]) -> None:
         """Make an object.
@@ -117,6 +142,13 @@ class Daemon:
         :raise Error: if it can't be made.
         """
         await self._objects.add(options)
+
+    def use_memory(self, backend_id: str) -> None:
+        """Make an object the machine's memory.
+
+        :raise Error: if it is not there or no memory.
+        """
+        self._objects.use_memory(backend_id)
 
     async def add_blockdev(self, options: dict[str, Any]) -> None:
         """Open a node.
@@ -172,14 +204,22 @@ class Daemon:
         :raise Error: if there is none with this id, or it is taken.
         """
         chardev = self._chardevs.find(chardev_id)
-        monitor = Monitor(self._dispatcher, VERSION, pretty)
+        monitor = Monitor(self._dispatcher, VERSION, pretty, NamedDescriptors(self._descriptors))
         await chardev.attach(monitor.connection)
         self._monitors.append(monitor)
+
+    async def add_qtest(self, chardev_id: str) -> None:
+        """Answer the qtest protocol on a character device.
+
+        :raise Error: if there is none with this id, or it is taken.
+        """
+        await self._chardevs.find(chardev_id).attach(QtestConnection)
 
     # -- its life
 
     async def run(self) -> None:
         """Return when the daemon has been told to end."""
+        self._fdsets.close_adopted()
         await self._ending.wait()
 
     def quit(self) -> None:
@@ -191,7 +231,7 @@ class Daemon:
     def signalled(self) -> None:
         """End as a signal wants it."""
         if self._machine is not None:
-            self._machine.shut_down("host-signal")
+            self._machine.tell_shutdown("host-signal")
         self.quit()
 
     async def _quit_in_order(self) -> None:
@@ -199,7 +239,7 @@ class Daemon:
         for monitor in self._monitors:
             monitor.stop()
         if self._machine is not None:
-            self._machine.shut_down("host-qmp-quit")
+            self._machine.tell_shutdown("host-qmp-quit")
         self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()
@@ -207,6 +247,8 @@ class Daemon:
 
     async def close(self) -> None:
         """Take everything down, top first: clients get their last replies and events."""
+        if self._machine is not None:
+            self._machine.close()
         self._graph.give_up_keys()
         await self._jobs.close()
         await self._exports.close()
@@ -217,6 +259,7 @@ class Daemon:
         for monitor in self._monitors:
             await monitor.close()
         await self._graph.close()
+        self._fdsets.close_all()
         self._objects.close()
 
     def _validated_blockdev_options(self, options: dict[str, Any]) -> dict[str, Any]:

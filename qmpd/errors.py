@@ -47,7 +47,7 @@ class DeviceNotFound(Error):
 
 
 class DeviceNotActive(Error):
-    """A block job that is not (or no longer) running."""
+    """A block job that is not (or no longer) running, or a device that nothing can be asked of."""
 
     error_class = "DeviceNotActive"
 

@@ -44,14 +44,15 @@ class Hotplug:
         self._doors: dict[Device, NBDExport] = {}
         self._leaving: set[Device] = set()
 
-    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True) -> None:
+    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True, written: bool = False) -> None:
         """Plug a device in, and give it a door if it is a disk with an id.
 
         :param options: the members of `device_add`, as the client sent them.
         :param hotplugged: False on the command line.
+        :param written: the options were written as ``key=value``; errors are worded accordingly.
         :raise Error: if either can't be done; then nothing has changed.
         """
-        device = self._devices.add(options, hotplugged=hotplugged)
+        device = self._devices.add(options, hotplugged=hotplugged, written=written)
         backend = device.inner.backend
         if not self.doors or backend is None or device.device_id is None:
             return
@@ -97,7 +98,7 @@ class Hotplug:
         device = self._devices.removable(device_id)
         if device in self._leaving:
             raise Error(f"Device {device_id} is already in the process of unplug")
-        going = device.with_children()
+        going = device.leaving()
         self._leaving.update(going)
         try:
             for each in going:

@@ -24,7 +24,7 @@ _IPPROTO_MPTCP: Final = 262
 #: QEMU cuts a port's name off here, which messages show.
 _PORT_NAME_MAX: Final = 32
 #: What strtol(3) takes for a decimal number.
-_NUMBER: Final = re.compile(r"[ \t-\r]*([+-]?[0-9]+)")
+NUMBER: Final = re.compile(r"[ \t-\r]*([+-]?[0-9]+)")
 _UINT32_MAX: Final = (1 << 32) - 1
 _INT_MAX: Final = (1 << 31) - 1
 
@@ -35,6 +35,61 @@ def encoded(text: str) -> bytes:
     A NUL, which would end it there, becomes the two bytes that QEMU's strings have for it.
     """
     return os.fsencode(text).replace(b"\0", b"\xc0\x80")
+
+
+#: Host and port as people write them; a colon is in a host only between brackets.
+_WRITTEN_INET: Final = re.compile(
+    r"(?:\[(?P<bracketed>[^\]]{1,64})\]|(?P<host>[^:\[][^:]{0,63})|(?=:)):(?P<port>[^,]{1,32})(?P<options>,.*)?",
+    re.DOTALL,
+)
+_SWITCH: Final[Mapping[str, bool]] = {"": True, "=on": True, "=off": False}
+
+
+def written_address(text: str) -> dict[str, Any]:
+    """A SocketAddress as people write it.
+
+    :param text: ``HOST:PORT`` or ``tcp:HOST:PORT``, perhaps with ``,to=PORT``, ``,ipv4`` or ``,ipv6=off``
+        behind; ``unix:PATH``, ``fd:NAME`` or ``vsock:CID:PORT``.
+    :raise Error: if it is none of these.
+    """
+    kind, _, rest = text.partition(":")
+    match kind:
+        case "unix" if not rest:
+            raise Error("invalid Unix socket address")
+        case "unix":
+            return {"type": "unix", "path": rest}
+        case "fd" if not rest:
+            raise Error("invalid file descriptor address")
+        case "fd":
+            return {"type": "fd", "str": rest}
+        case "vsock":
+            cid, _, port = rest.partition(":")
+            if not cid or not port:
+                raise Error(f"error parsing address '{rest}'")
+            return {"type": "vsock", "cid": cid, "port": port}
+    text = text.removeprefix("tcp:")
+    found = _WRITTEN_INET.fullmatch(text)
+    if found is None:
+        what = "port in address" if text[:1] == ":" else "IPv6 address" if text[:1] == "[" else "address"
+        raise Error(f"error parsing {what} '{text}'")
+    address = {"type": "inet", "host": found["bracketed"] or found["host"] or "", "port": found["port"]}
+    for option in (found["options"] or "").split(",")[1:]:
+        address |= _written_option(option)
+    return address
+
+
+def _written_option(option: str) -> dict[str, Any]:
+    """What stands behind a written port."""
+    name, value = option[:4], option[4:]
+    if name in ("ipv4", "ipv6"):
+        if value not in _SWITCH:
+            raise Error(f"error parsing '{name}' flag '{value}'")
+        return {name: _SWITCH[value]}
+    if option.startswith("to="):
+        if not re.fullmatch("[0-9]{1,5}", option[3:]):
+            raise Error("error parsing to= argument")
+        return {"to": int(option[3:])}
+    raise Error(f"'{option}' behind the port is none of to=PORT, ipv4 and ipv6")
 
 
 # -- TCP
@@ -173,7 +228,7 @@ def descriptor_number(text: str) -> int:
 
     :raise Error: if it is no number, or no descriptor can have it.
     """
-    number = _NUMBER.fullmatch(text)
+    number = NUMBER.fullmatch(text)
     if number is None:
         raise Error(f"Unable to parse FD number {text}")
     if abs(int(number[1])) > _INT_MAX:
@@ -188,7 +243,7 @@ def vsock_address(cid: str, port: str) -> tuple[int, int]:
     """
     values = []
     for what, text in (("cid", cid), ("port", port)):
-        number = _NUMBER.fullmatch(text)
+        number = NUMBER.fullmatch(text)
         if number is None or not 0 <= int(number[1]) <= _UINT32_MAX:
             raise Error(f"Failed to parse {what} '{text}'")
         values.append(int(number[1]))

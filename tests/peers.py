@@ -34,7 +34,8 @@ class Peer:
 
     :param package: the Debian package that has it.
     :param oldest: the oldest version that will do, or None where any will.
-    :param file: where it is in the checkout, if it is not found on PATH (a pattern; the last match counts).
+    :param file: where it is, absolute or in the checkout, if it is not found on PATH (a pattern; the last
+        match counts).
     """
 
     name: str
@@ -45,6 +46,10 @@ class Peer:
 
 #: Detached LUKS headers came with QEMU 9.0; the wordings that we compare are those of 10.0.
 _QEMU: Final = (10, 0)
+
+#: What it sends, and expects as an answer, was watched with this one.
+_LIBVIRT: Final = (11, 3)
+_LIBVIRT_DRIVERS: Final = "/usr/lib/*/libvirt/connection-driver"
 
 PEERS: Final[Mapping[str, Peer]] = {
     peer.name: peer
@@ -70,6 +75,19 @@ PEERS: Final[Mapping[str, Peer]] = {
         Peer("jq", "jq"),
         Peer("openssl", "openssl"),
         Peer("systemd-analyze", "systemd"),
+        Peer("virsh", "libvirt-clients", _LIBVIRT),
+        Peer("libvirtd", "libvirt-daemon", _LIBVIRT),
+        Peer(
+            "libvirt_driver_qemu.so",
+            "libvirt-daemon-driver-qemu",
+            file=f"{_LIBVIRT_DRIVERS}/libvirt_driver_qemu.so",
+        ),
+        Peer(
+            "libvirt_driver_secret.so",
+            "libvirt-daemon-driver-secret",
+            file=f"{_LIBVIRT_DRIVERS}/libvirt_driver_secret.so",
+        ),
+        Peer("setpriv", "util-linux"),
     )
 }
 

@@ -9,6 +9,12 @@ same time at least one sees the other.
 
 The locks belong to the open file description (Linux's F_OFD_SETLK), so two
 nodes of one daemon on the same file keep each other out as well.
+
+Unless the file was opened by somebody else, who passed the descriptor: copies of it
+share one description, with its locks.  So those who use passed descriptors of one
+file are *fellows* (:class:`PassedLocks`): they look at each other's locks
+themselves, and a byte is unlocked when none of them needs it.  (QEMU unlocks what
+another node relies on.)
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from qmpd.block.permissions import NAMES, Permission
@@ -50,9 +56,11 @@ class ImageLocks:
 
     :param fd: open for reading at least.
     :param filename: how hints for people name the image.
+    :param fellows: those whose descriptors may be copies of this one, and maybe itself.
     """
 
-    def __init__(self, fd: int, filename: str = "") -> None:
+    def __init__(self, fd: int, filename: str = "", fellows: Collection[ImageLocks] = ()) -> None:
+        self._fellows = fellows
         self._fd = fd
         self._filename = filename
         self._held: set[int] = set()
@@ -87,9 +95,16 @@ class ImageLocks:
         """Go back to what was locked before `prepare`, also if that failed on its way or was never called."""
         self._unlock(self._held - self._before)
 
+    def release(self) -> None:
+        """Give back all of them.  Closing the descriptor does not, if there are copies."""
+        self._unlock(set(self._held))
+
+    def _others(self) -> list[ImageLocks]:
+        return [fellow for fellow in self._fellows if fellow is not self]
+
     def _lock(self, byte: int) -> None:
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+            _set_lock(self._fd, fcntl.F_RDLCK, byte)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 # Only who does not go by these rules locks a byte for itself alone.
@@ -98,10 +113,18 @@ class ImageLocks:
         self._held.add(byte)
 
     def _unlock(self, bytes_: Iterable[int]) -> None:
+        others = self._others()
         for byte in bytes_:
+            if any(byte in other._held for other in others):
+                self._held.discard(byte)
+                continue
+            for other in others:
+                # It may have been left there for this one's sake.
+                with suppress(OSError):
+                    _set_lock(other._fd, fcntl.F_UNLCK, byte)
             # What can't be given back stays locked, which is safe, and goes with the file.
             with suppress(OSError):
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
+                _set_lock(self._fd, fcntl.F_UNLCK, byte)
                 self._held.discard(byte)
 
     def _look(self, byte: int, complaint: str) -> None:
@@ -111,8 +134,36 @@ class ImageLocks:
             lock = _first_lock(self._fd, byte)
         except OSError as error:
             raise Error(f"{complaint}: {error.strerror}", hint=hint) from None
-        if lock != fcntl.F_UNLCK:
+        if lock != fcntl.F_UNLCK or any(byte in other._held for other in self._others()):
             raise Error(complaint, hint=hint)
+
+
+class PassedLocks:
+    """The locks on descriptors that were passed to the process, of all files."""
+
+    def __init__(self) -> None:
+        self._by_file: dict[tuple[int, int], list[ImageLocks]] = {}
+
+    def join(self, fd: int, filename: str) -> ImageLocks:
+        """The locks of one more descriptor, which keep clear of those on the same file."""
+        status = os.fstat(fd)
+        fellows = self._by_file.setdefault((status.st_dev, status.st_ino), [])
+        locks = ImageLocks(fd, filename, fellows)
+        fellows.append(locks)
+        return locks
+
+    def leave(self, locks: ImageLocks) -> None:
+        """Give its locks back; harmless if it has not joined."""
+        locks.release()
+        for file, fellows in list(self._by_file.items()):
+            if locks in fellows:
+                fellows.remove(locks)
+            if not fellows:
+                del self._by_file[file]
+
+
+def _set_lock(fd: int, kind: int, byte: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
 
 def _first_lock(fd: int, byte: int) -> int:

@@ -29,12 +29,14 @@ from qmpd.block.cipher_pool import CipherPool
 from qmpd.block.derivation_memory import DerivationMemory
 from qmpd.block.derivation_speed import DerivationSpeed
 from qmpd.block.edge import Edge, Parent
+from qmpd.block.file_locks import PassedLocks
 from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission, names, on_backing
 from qmpd.block.threads import Threads
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.crypto.steps import Steps
+from qmpd.descriptors import FdSets
 from qmpd.errors import Error
 
 T = TypeVar("T")
@@ -99,6 +101,7 @@ class Graph:
     :param validate: checks BlockdevOptions that stand in an image's header, and returns them with
         numbers where there were strings for numbers; raises Error.
     :param corrupted: is told when a driver finds that an image is damaged.
+    :param fdsets: the descriptors that file names like `/dev/fdset/0` stand for.
     """
 
     def __init__(
@@ -111,8 +114,11 @@ class Graph:
         pbkdf_memory: int | None = None,
         validate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
         corrupted: Corrupted | None = None,
+        fdsets: FdSets | None = None,
     ) -> None:
         self._corrupted = corrupted
+        self.fdsets = fdsets or FdSets()
+        self.passed_locks = PassedLocks()
         self._drivers = drivers
         self._validate = validate
         self._known_drivers: dict[str, type[Node]] = {}

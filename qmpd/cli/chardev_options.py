@@ -1,149 +1,27 @@
 """Character devices on the command line: ``--chardev`` and ``--qmp``.
 
-QEMU reads these in a dialect of its own, :func:`parse_settings`: a bare
-``server`` means ``server=on``, ``nowait`` means ``wait=off``, and everything
-is flat.  :func:`chardev_config` and :func:`monitor_shortcut` say what is then
-to be opened; they open nothing.
+QEMU reads these in a dialect of its own, :mod:`qmpd.qapi.settings`.
+:func:`chardev_config` and :func:`monitor_shortcut` say what is then to be
+opened; they open nothing.
 
 Learnt from ``qemu-storage-daemon``'s behaviour and errors.
 """
 
 from __future__ import annotations
 
-import enum
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from qmpd.errors import Error
 from qmpd.monitor.chardev import ChardevConfig
-
-
-class HelpRequested(Exception):
-    """The text asks what could be given."""
-
-
-class Kind(enum.Enum):
-    """The type of a setting in the dialect."""
-
-    TEXT = enum.auto()
-    SWITCH = enum.auto()
-    NUMBER = enum.auto()
-
-
-_SWITCH: Final[Mapping[str, bool]] = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
-
-_IDENTIFIER: Final = re.compile(r"[A-Za-z][-A-Za-z0-9._]*\Z")
-_ELEMENT: Final = re.compile(r"(?P<key>[^=,]*)(?P<equals>=)?")
-_VALUE: Final = re.compile(r"(?:[^,]|,,)*")
-
-
-def is_identifier(text: str) -> bool:
-    """Whether *text* may be the id of an object, a device or a character device."""
-    return _IDENTIFIER.match(text) is not None
-
-
-def _elements(text: str, implied_key: str | None) -> Iterator[tuple[str, str | None]]:
-    """Yield keys and values; a bare word has None for a value, a first one may be the implied key's value.
-
-    Commas are doubled inside values.  There is no way to have one in a key.
-    """
-    position = 0
-    while position < len(text):
-        element = _ELEMENT.match(text, position)
-        assert element is not None, "the pattern matches the empty string too"
-        key, value = element["key"], None
-        implied = position == 0 and implied_key is not None and not element["equals"] and key
-        if implied or element["equals"]:
-            found = _VALUE.match(text, 0 if implied else element.end())
-            assert found is not None, "the pattern matches the empty string too"
-            position, value = found.end(), found[0].replace(",,", ",")
-        else:
-            position = element.end()
-        if implied and value not in ("help", "?"):
-            assert implied_key is not None
-            key = implied_key
-        elif implied:
-            value = None
-        position += 1  # the comma
-        yield key, value
-
-
-def parse_settings(
-    text: str, known: Mapping[str, Kind] | None, implied_key: str | None = None
-) -> dict[str, Any]:
-    """Read ``key=value,flag,noflag``; of a key that is given twice the last one counts.
-
-    :param known: the settings there are and their types (``id`` is one everywhere); None takes any, as text.
-    :param implied_key: the key of a first value that stands alone.
-    :return: strings, booleans and integers by key.
-    :raise HelpRequested: there is a bare ``help`` or ``?``.
-    :raise Error: in QEMU's words.
-    """
-    elements = list(_elements(text, implied_key))
-    if any(value is None and key in ("help", "?") for key, value in elements):
-        raise HelpRequested
-    pairs = [(key, value) if value is not None else _flag(key, known or {}) for key, value in elements]
-    settings: dict[str, Any] = {}
-    # QEMU looks for the id before anything else, and takes the first one.
-    for identifier in [value for key, value in pairs if key == "id"][:1]:
-        if not is_identifier(identifier):
-            raise Error("Parameter 'id' expects an identifier")
-        settings["id"] = identifier
-    for key, value in pairs:
-        if key == "id":
-            continue
-        if known is None:
-            settings[key] = value
-        elif key in known:
-            settings[key] = _CONVERTERS[known[key]](key, value)
-        else:
-            raise Error(f"Invalid parameter '{key}'")
-    return settings
-
-
-def _flag(word: str, known: Mapping[str, Kind]) -> tuple[str, str]:
-    """Return the setting that a bare word stands for."""
-    if word.startswith("no") and word not in known:
-        return word[2:], "off"
-    return word, "on"
-
-
-def _switch(key: str, value: str) -> bool:
-    try:
-        return _SWITCH[value]
-    except KeyError:
-        raise Error(f"Parameter '{key}' expects 'on' or 'off'") from None
-
-
-def _number(key: str, value: str) -> int:
-    # Like strtoull with base 0: a leading 0 means octal.
-    digits = re.sub(r"\A([-+]?)0([0-7]+)\Z", r"\g<1>0o\2", value)
-    try:
-        return int(digits, 0)
-    except ValueError:
-        raise Error(f"Parameter '{key}' expects a number") from None
-
-
-def _text(key: str, value: str) -> str:
-    return value
-
-
-_CONVERTERS: Final[Mapping[Kind, Callable[[str, str], Any]]] = {
-    Kind.TEXT: _text,
-    Kind.SWITCH: _switch,
-    Kind.NUMBER: _number,
-}
-
+from qmpd.qapi.settings import Kind, parse_settings
 
 #: What the settings of QEMU's character devices hold, of whatever kind.
 _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
     Kind.TEXT: """
         backend chardev chardevs.0 chardevs.1 chardevs.2 chardevs.3 fd host input-path localaddr localport
-        logfile name path port size tls-authz tls-creds
+        logfile name path port tls-authz tls-creds
         mode group users groups
     """,
     Kind.SWITCH: """
@@ -151,6 +29,7 @@ _KINDS_OF_SETTINGS: Final[Mapping[Kind, str]] = {
         tn3270 wait websocket
     """,
     Kind.NUMBER: "cols debug height reconnect reconnect-ms rows to width",
+    Kind.SIZE: "size",
 }
 
 #: Every setting there is; ``mode``, ``group``, ``users`` and ``groups`` are ours.  One that belongs to
@@ -160,7 +39,7 @@ CHARDEV_SETTINGS: Final[Mapping[str, Kind]] = {
 }
 
 #: The kinds there are.
-CHARDEV_KINDS: Final = ("socket", "stdio")
+CHARDEV_KINDS: Final = ("null", "ringbuf", "socket", "stdio")
 
 #: What QEMU's sockets can do and ours cannot: refused, because leaving it out would change what is promised.
 _UNSUPPORTED: Final = (
@@ -199,8 +78,10 @@ def _config(settings: Mapping[str, Any]) -> ChardevConfig:
     for name in _UNSUPPORTED:
         if settings.get(name):
             raise Error(f"Parameter '{name}' is not supported by qmpd")
-    if settings["backend"] == "stdio":
-        return ChardevConfig(id=settings["id"], kind="stdio")
+    if settings["backend"] == "ringbuf" and settings.get("size", 1).bit_count() != 1:
+        raise Error("size of ringbuf chardev must be power of two")
+    if settings["backend"] != "socket":
+        return ChardevConfig(id=settings["id"], kind=settings["backend"])
     server = settings.get("server", False)
     if not server and "wait" in settings:
         raise Error("'wait' option is incompatible with socket in client connect mode")
@@ -264,7 +145,7 @@ def _names(key: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
 _SHORTCUT: Final = re.compile(
     r"""(?: unix:(?P<path>(?:[^,]|,,)*)
           | tcp:(?:\[(?P<bracketed>[^],]*)\]|(?P<host>[^:,]*)):(?P<port>[^:,]+)
-          | (?P<stdio>(?:mon:)?stdio)
+          | (?:mon:)?(?P<bare>stdio|null)
         )
         (?:,(?P<rest>.*))?\Z""",
     re.VERBOSE | re.DOTALL,
@@ -272,7 +153,7 @@ _SHORTCUT: Final = re.compile(
 
 
 def monitor_shortcut(text: str, index: int) -> ChardevConfig:
-    """Return the character device of ``--qmp unix:PATH,...``, ``tcp:HOST:PORT,...`` or ``stdio``.
+    """Return the character device of ``--qmp unix:PATH,...``, ``tcp:HOST:PORT,...``, ``stdio`` or ``null``.
 
     :param index: how many such options came before; it makes the id that QEMU makes.
     :raise Error: in QEMU's words where it has some.
@@ -281,7 +162,7 @@ def monitor_shortcut(text: str, index: int) -> ChardevConfig:
     if found is None:
         raise Error(f"'{text}' is not a valid char driver: unix:PATH, tcp:HOST:PORT or stdio is expected")
     settings = parse_settings(found["rest"] or "", CHARDEV_SETTINGS)
-    settings |= {"id": f"compat_monitor{index}", "backend": "stdio" if found["stdio"] else "socket"}
+    settings |= {"id": f"compat_monitor{index}", "backend": found["bare"] or "socket"}
     if found["path"] is not None:
         settings["path"] = found["path"].replace(",,", ",")
     elif found["port"] is not None:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qmpd.qapi import load, schema_directory
+from qmpd.cli.schema import add_emulator_option, load_for
 from qmpd.qapi.command_file import problems
 
 
@@ -37,8 +37,9 @@ def run(arguments: list[str]) -> int:
         metavar="FILE",
         help="JSON objects as a client sends them, on any number of lines; - for standard input",
     )
+    add_emulator_option(parser)
     options = parser.parse_args(arguments)
-    schema = load(schema_directory())
+    schema = load_for(options)
     status = 0
     for name in options.files:
         try:

@@ -19,9 +19,8 @@ from typing import Final
 
 from qmpd import __version__
 from qmpd.cli import options
-from qmpd.cli.options import Answered, Option, naming
-from qmpd.cli.process import Settings, exit_status, run_daemon
-from qmpd.errors import Error
+from qmpd.cli.options import Answered, Option
+from qmpd.cli.process import exit_status, read_settings, run_daemon
 
 PROGRAM: Final = "qmpd"
 
@@ -123,7 +122,7 @@ def _run(arguments: Sequence[str]) -> int:
         status: int = import_module(SUBCOMMANDS[arguments[0]]).run(arguments[1:])
         return status
     found = _first_pass(arguments)
-    return run_daemon(lambda: _settings(found), found)
+    return run_daemon(PROGRAM, lambda: read_settings(found), found)
 
 
 def _first_pass(arguments: Sequence[str]) -> list[Option]:
@@ -139,56 +138,3 @@ def _first_pass(arguments: Sequence[str]) -> list[Option]:
             raise Answered(f"{PROGRAM} version {__version__}")
         found.append(option)
     return found
-
-
-_LOG_LEVELS: Final = ("error", "warning", "info", "debug")
-_MOST_PROCESSES: Final = 64
-_LOOPS: Final = ("auto", "uvloop", "asyncio")
-#: The least that argon2 takes in a header of cryptsetup's, in KiB.
-_LEAST_PBKDF_MEMORY: Final = 32
-
-
-def _settings(found: Sequence[Option]) -> Settings:
-    settings = Settings()
-    for option in found:
-        with naming(option):
-            match option.name:
-                case "pidfile":
-                    settings.pid_file = option.value
-                case "daemonize":
-                    settings.daemonize = True
-                case "log":
-                    settings.log_level = _one_of(_LOG_LEVELS, option.value)
-                case "loop":
-                    settings.loop = _one_of(_LOOPS, option.value)
-                case "cipher-processes":
-                    settings.cipher_processes = _number_or_auto(option.value)
-                case "pbkdf-memory-max":
-                    settings.pbkdf_memory = _kibibytes(option.value)
-    return settings
-
-
-def _number_or_auto(value: str) -> int | None:
-    if value == "auto":
-        return None
-    if not (value.isdecimal() and value.isascii() and int(value) <= _MOST_PROCESSES):
-        raise Error(f"'{value}' is neither auto nor a number up to {_MOST_PROCESSES}")
-    return int(value)
-
-
-def _kibibytes(value: str) -> int:
-    """Return a size as whole KiB, as many as it has."""
-    from qmpd.qapi.keyval import read_size  # a daemon is to be started: see the head of this file
-
-    size = read_size(value)
-    if size is None:
-        raise Error(f"'{value}' is no size such as 512M")
-    if size >> 10 < _LEAST_PBKDF_MEMORY:
-        raise Error(f"'{value}' is less than {_LEAST_PBKDF_MEMORY}K, with which no key can be derived")
-    return size >> 10
-
-
-def _one_of(choice: Sequence[str], value: str) -> str:
-    if value not in choice:
-        raise Error(f"'{value}' is none of {', '.join(choice)}")
-    return value

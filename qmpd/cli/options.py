@@ -30,7 +30,7 @@ class Option:
 
     :param name: the full name, without dashes, however it was abbreviated.
     :param value: its value; empty if it takes none.
-    :param text: the arguments it was made of, for messages.
+    :param text: the arguments it was made of, for messages; empty if these are to name none.
     """
 
     name: str
@@ -52,7 +52,7 @@ def naming(option: Option) -> Iterator[None]:
         text, desc = option.text, error.desc
         if option.name == "object":
             text, desc = _without_passphrase(text, desc)
-        raise Error(f"{text}: {desc}", error.hint) from None
+        raise Error(f"{text}: {desc}" if text else desc, error.hint) from None
 
 
 def _without_passphrase(text: str, desc: str) -> tuple[str, str]:

@@ -15,13 +15,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
-from qmpd.cli.options import Answered, Option
+from qmpd.cli.options import Answered, Option, naming
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
     from qmpd.machine.config import MachineConfig
+
+_LOG_LEVELS: Final = ("error", "warning", "info", "debug")
+_MOST_PROCESSES: Final = 64
+_LOOPS: Final = ("auto", "uvloop", "asyncio")
+#: The least that argon2 takes in a header of cryptsetup's, in KiB.
+_LEAST_PBKDF_MEMORY: Final = 32
 
 
 @dataclass
@@ -34,6 +41,56 @@ class Settings:
     cipher_processes: int | None = None
     pbkdf_memory: int | None = None
     daemonize: bool = False
+
+
+def read_settings(found: Sequence[Option]) -> Settings:
+    """Return what the options say about the process.
+
+    :raise Error: a value is wrong.
+    """
+    settings = Settings()
+    for option in found:
+        with naming(option):
+            match option.name:
+                case "pidfile":
+                    settings.pid_file = option.value
+                case "daemonize":
+                    settings.daemonize = True
+                case "log":
+                    settings.log_level = _one_of(_LOG_LEVELS, option.value)
+                case "loop":
+                    settings.loop = _one_of(_LOOPS, option.value)
+                case "cipher-processes":
+                    settings.cipher_processes = _number_or_auto(option.value)
+                case "pbkdf-memory-max":
+                    settings.pbkdf_memory = _kibibytes(option.value)
+    return settings
+
+
+def _number_or_auto(value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not (value.isdecimal() and value.isascii() and int(value) <= _MOST_PROCESSES):
+        raise Error(f"'{value}' is neither auto nor a number up to {_MOST_PROCESSES}")
+    return int(value)
+
+
+def _kibibytes(value: str) -> int:
+    """Return a size as whole KiB, as many as it has."""
+    from qmpd.qapi.keyval import read_size  # a daemon is to be started: see the head of this file
+
+    size = read_size(value)
+    if size is None:
+        raise Error(f"'{value}' is no size such as 512M")
+    if size >> 10 < _LEAST_PBKDF_MEMORY:
+        raise Error(f"'{value}' is less than {_LEAST_PBKDF_MEMORY}K, with which no key can be derived")
+    return size >> 10
+
+
+def _one_of(choice: Sequence[str], value: str) -> str:
+    if value not in choice:
+        raise Error(f"'{value}' is none of {', '.join(choice)}")
+    return value
 
 
 def exit_status(program: str, run: Callable[[], int]) -> int:
@@ -50,9 +107,7 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
             print(answer, flush=True)
             return 0
     except Error as error:
-        # One line, even if a JSON text was written on several; and perhaps a hint below it.
-        lines = [f"{program}: {' '.join(str(error).splitlines())}", *error.hint.splitlines()]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        _complain(program, error)
         return 1
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain again when it flushes at exit.
@@ -62,16 +117,26 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
 
 
+def _complain(program: str, error: Error) -> None:
+    """Say what went wrong: in one line, even if a JSON text was written on several; a hint may follow."""
+    lines = [f"{program}: {' '.join(str(error).splitlines())}", *error.hint.splitlines()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
 def run_daemon(
-    read_settings: Callable[[], Settings], found: Sequence[Option], machine: MachineConfig | None = None
+    program: str,
+    read_settings: Callable[[], Settings],
+    found: Sequence[Option],
+    machine: MachineConfig | None = None,
 ) -> int:
     """Run a daemon until it ends.
 
+    :param program: its name, for what is said of errors.
     :param read_settings: what the options say about the process; may raise errors about them.
     :param found: what to start with, in order.
     :param machine: the machine of an emulator; None for a storage daemon.
-    :return: the exit status.
-    :raise Error: it could not be started.
+    :return: the exit status: 0, or 1 if it could not be started, of which the reason has been said.
+    :raise Error: the settings are wrong.
     :raise Answered: an option was a question.
     """
     # What the start makes stays: looking for garbage in it is in vain.  `serve` switches it on again.
@@ -92,7 +157,7 @@ def run_daemon(
 
     from qmpd.cli.serve import serve
 
-    serve(
+    status = serve(
         found,
         pid_file=settings.pid_file,
         log_level=settings.log_level,
@@ -102,13 +167,14 @@ def run_daemon(
         sockets=sockets,
         notifier=Notifier(os.environ),
         background=background,
+        complain=partial(_complain, program),
         machine=machine,
     )
-    _leave_threads_behind()
-    return 0
+    _leave_threads_behind(status)
+    return status
 
 
-def _leave_threads_behind() -> None:
+def _leave_threads_behind(status: int) -> None:
     """End the process although a thread is still deriving a key, which can't be interrupted.
 
     Everything has been closed by now, and Python would wait for the thread.
@@ -120,4 +186,4 @@ def _leave_threads_behind() -> None:
             if thread.is_alive():
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(0)
+                os._exit(status)

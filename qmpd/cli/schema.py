@@ -1,6 +1,7 @@
 """``qmpd schema``: everything on the wire, as JSON Schema.
 
-An editor that is given the output completes and checks QMP commands.
+With ``--emulator`` what only ``qmpd-system-x86_64`` has is there as well.  An
+editor that is given the output completes and checks QMP commands.
 """
 
 from __future__ import annotations
@@ -10,7 +11,21 @@ import json
 import sys
 from pathlib import Path
 
-from qmpd.qapi import load, schema_directory
+from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, Schema, load, schema_directory
+
+
+def add_emulator_option(parser: argparse.ArgumentParser) -> None:
+    """Let a subcommand that looks into the schema be asked for the emulator's."""
+    parser.add_argument(
+        "--emulator",
+        action="store_true",
+        help="take the schema of qmpd-system-x86_64, which has commands about a machine besides",
+    )
+
+
+def load_for(options: argparse.Namespace) -> Schema:
+    """Load the schema that is asked for by `add_emulator_option`."""
+    return load(schema_directory(), SYSTEM_SCHEMA if options.emulator else STORAGE_SCHEMA)
 
 
 def run(arguments: list[str]) -> int:
@@ -29,8 +44,9 @@ def run(arguments: list[str]) -> int:
         action="store_true",
         help="print what the command query-qmp-schema answers instead",
     )
+    add_emulator_option(parser)
     options = parser.parse_args(arguments)
-    schema = load(schema_directory())
+    schema = load_for(options)
     document = schema.introspection() if options.introspection else schema.json_schema()
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if options.output is None:

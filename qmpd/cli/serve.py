@@ -43,8 +43,9 @@ def serve(
     sockets: Sequence[PassedSocket],
     notifier: Notifier,
     background: Daemonization | None,
+    complain: Callable[[Error], None],
     machine: MachineConfig | None = None,
-) -> None:
+) -> int:
     """Start a daemon, say that it is ready, and return when it has ended.
 
     :param found: what to start with, in order.
@@ -57,8 +58,10 @@ def serve(
     :param sockets: passed by systemd, to be served too.
     :param notifier: told when the daemon is ready and when it stops.
     :param background: completed when the daemon is ready; None in the foreground.
+    :param complain: says why the daemon could not be started.
     :param machine: the machine of an emulator; None for a storage daemon.
-    :raise Error: it could not be started.
+    :return: the exit status: 0, or 1 after a complaint.
+    :raise Error: there is no such event loop.
     :raise Answered: an option was a question.
     """
     logging.basicConfig(level=log_level.upper(), format="qmpd: %(levelname)s: %(message)s", stream=sys.stderr)
@@ -71,7 +74,7 @@ def serve(
         make_daemon = partial(
             Daemon, cipher_processes=cipher_processes, pbkdf_memory=pbkdf_memory, machine=machine
         )
-        runner.run(_live(found, make_daemon, pid_file, sockets, notifier, background))
+        return runner.run(_live(found, make_daemon, pid_file, sockets, notifier, background, complain))
 
 
 def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -98,7 +101,8 @@ async def _live(
     sockets: Sequence[PassedSocket],
     notifier: Notifier,
     background: Daemonization | None,
-) -> None:
+    complain: Callable[[Error], None],
+) -> int:
     asyncio.get_running_loop().set_exception_handler(_log_fault)
     daemon = make_daemon()
     if not daemon.locks_keys:
@@ -111,7 +115,7 @@ async def _live(
         gc.freeze()
         gc.enable()
         if ending.wanted:
-            return
+            return 0
         if pid_path is not None:
             pid_file = PidFile(pid_path)
         if background is not None:
@@ -123,10 +127,15 @@ async def _live(
         finally:
             watchdog.cancel()
             notifier.send("STOPPING=1", "STATUS=Closing")
+    except Error as error:
+        # Before the monitor closes: libvirt looks for the reason as soon as that happens.
+        complain(error)
+        return 1
     finally:
         await daemon.close()
         if pid_file is not None:
             pid_file.remove()
+    return 0
 
 
 def _log_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

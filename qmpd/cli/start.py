@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from qmpd.cli import chardev_options
+from qmpd.cli import chardev_options, option_values
 from qmpd.cli.options import Answered, Option, naming
 from qmpd.errors import Error
 from qmpd.monitor.chardev import ChardevConfig
 from qmpd.qapi import HelpRequested, Schema
-from qmpd.qapi.types import EnumType, ObjectType
+from qmpd.qapi import settings as dialect
+from qmpd.qapi.settings import Kind, is_identifier, parse_settings
 from qmpd.qjson import parse_json
-from qmpd.qom.object import OBJECT_TYPE_NAMES, schema_properties
+from qmpd.qom.option_help import object_help
 
 if TYPE_CHECKING:
     from qmpd.cli.systemd import PassedSocket
@@ -40,6 +42,9 @@ class Start:
     _shortcuts: int = field(default=0, init=False)
     _descriptors: set[int] = field(default_factory=set, init=False)
     _identifiers: set[str] = field(default_factory=set, init=False)
+    _device_ids: set[str] = field(default_factory=set, init=False)
+    #: The character devices of ``-qmp`` options that have no monitor yet.
+    _prepared: deque[str] = field(default_factory=deque, init=False)
 
     async def run(self, found: Sequence[Option], sockets: Sequence[PassedSocket] = ()) -> None:
         """Apply every option, then serve the sockets that systemd passed and no option has taken.
@@ -62,7 +67,7 @@ class Start:
 
     async def _add_passed_socket(self, index: int, passed: PassedSocket) -> None:
         identifier = passed.name
-        if not chardev_options.is_identifier(identifier) or identifier in self._identifiers:
+        if not is_identifier(identifier) or identifier in self._identifiers:
             identifier = f"systemd{index}"
         config = ChardevConfig(id=identifier, kind="socket", fd=passed.descriptor, server=True, wait=False)
         await self._add_chardev(config)
@@ -72,7 +77,7 @@ class Start:
         try:
             arguments = self._schema.from_option("ObjectOptions", option.value, "qom-type")
         except HelpRequested as request:
-            raise Answered(_object_help(self._schema, request.options.get("qom-type"))) from None
+            raise Answered(object_help(self._schema, request.options.get("qom-type"))) from None
         await self.daemon.add_object(arguments)
 
     async def _blockdev(self, option: Option) -> None:
@@ -84,17 +89,25 @@ class Start:
             arguments: dict[str, Any] = parse_json(option.value)
         else:
             try:
-                arguments = chardev_options.parse_settings(option.value, None, "driver")
-            except chardev_options.HelpRequested:
+                arguments = parse_settings(option.value, None, "driver")
+            except dialect.HelpRequested:
                 raise Error("Help is not available for this option") from None
+            self._note_device_id(arguments.get("id"))
         if "driver" not in arguments:
             raise Error("Parameter 'driver' is missing")
         await self.daemon.add_device(arguments)
 
+    def _note_device_id(self, device_id: str | None) -> None:
+        """See that no other option of the form ``key=value,...`` has made a device with this id."""
+        if device_id in self._device_ids:
+            raise Error(f"Duplicate ID '{device_id}' for device")
+        if device_id is not None:
+            self._device_ids.add(device_id)
+
     async def _chardev(self, option: Option) -> None:
         try:
             config = chardev_options.chardev_config(option.value)
-        except chardev_options.HelpRequested:
+        except dialect.HelpRequested:
             kinds = "".join(f"\n  {kind}" for kind in chardev_options.CHARDEV_KINDS)
             raise Answered(f"Available chardev backend types:{kinds}") from None
         await self._add_chardev(config)
@@ -104,6 +117,46 @@ class Start:
         self._shortcuts += 1
         await self._add_chardev(config)
         await self.daemon.add_monitor(config.id, False)
+
+    async def _qmp_chardev(self, option: Option) -> None:
+        """The first half of an emulator's ``-qmp``: its socket listens before a disk is opened."""
+        if option.value.startswith("chardev:"):
+            self._prepared.append(option.value.removeprefix("chardev:"))
+        else:
+            config = chardev_options.monitor_shortcut(option.value, self._shortcuts)
+            await self._add_chardev(config)
+            self._prepared.append(config.id)
+        self._shortcuts += 1
+
+    async def _qmp_monitor(self, option: Option) -> None:
+        """The second half: clients are served when all is there that they may ask about."""
+        await self.daemon.add_monitor(self._prepared.popleft(), option.name == "qmp-pretty")
+
+    async def _mon(self, option: Option) -> None:
+        """An emulator's ``-mon``, which would be for people unless it says otherwise."""
+        settings = option_values.settings("mon", option.value, "chardev")
+        if "chardev" not in settings:
+            raise Error("Parameter 'chardev' is missing")
+        option_values.choice(settings, "mode", "readline control", option_values.NOT_ACCEPTED)
+        if settings.get("mode") != "control":
+            raise Error("Only QMP is supported: add mode=control")
+        await self.daemon.add_monitor(settings["chardev"], settings.get("pretty", False))
+
+    async def _qtest(self, option: Option) -> None:
+        config = replace(chardev_options.monitor_shortcut(option.value, 0), id="qtest")
+        await self._add_chardev(config)
+        await self.daemon.add_qtest(config.id)
+
+    async def _add_fd(self, option: Option) -> None:
+        descriptor, fdset, opaque = option_values.passed_descriptor(option.value)
+        self.daemon.add_fd(descriptor, fdset, opaque)
+
+    async def _memory_backend(self, option: Option) -> None:
+        arguments = self._schema.from_option("MemoryBackendOptions", option.value, "qom-type")
+        await self.daemon.add_object(arguments)
+
+    async def _memory(self, option: Option) -> None:
+        self.daemon.use_memory(option.value)
 
     async def _add_chardev(self, config: ChardevConfig) -> None:
         if self.daemonize:
@@ -124,10 +177,10 @@ class Start:
             raise Error("Only QMP is supported")
 
     async def _trace(self, option: Option) -> None:
-        known = dict.fromkeys(("enable", "events", "file"), chardev_options.Kind.TEXT)
+        known = dict.fromkeys(("enable", "events", "file"), Kind.TEXT)
         try:
-            settings = chardev_options.parse_settings(option.value, known, "enable")
-        except chardev_options.HelpRequested:
+            settings = parse_settings(option.value, known, "enable")
+        except dialect.HelpRequested:
             raise Answered("There are no trace events.") from None
         if event := settings.get("enable"):
             # A warning and no error: it is what qemu-storage-daemon says of an event that it does not have.
@@ -157,28 +210,22 @@ class Start:
 
 _ACTIONS: Final[Mapping[str, Callable[[Start, Option], Awaitable[None]]]] = {
     "": Start._unexpected,
+    "add-fd": Start._add_fd,
     "blockdev": Start._blockdev,
     "chardev": Start._chardev,
     "device": Start._device,
     "device-exports": Start._device_exports,
     "export": Start._export,
-    "mon": Start._monitor,
+    "memory": Start._memory,
+    "memory-backend": Start._memory_backend,
+    "mon": Start._mon,
     "monitor": Start._monitor,
     "nbd-server": Start._nbd_server,
     "object": Start._object,
     "qmp": Start._qmp,
+    "qmp-chardev": Start._qmp_chardev,
+    "qmp-monitor": Start._qmp_monitor,
+    "qmp-pretty": Start._qmp_monitor,
+    "qtest": Start._qtest,
     "trace": Start._trace,
 }
-
-
-def _object_help(schema: Schema, type_name: object) -> str:
-    """Return the list of object types, or of one type's properties if there is such a type."""
-    options_type = schema.types["ObjectOptions"]
-    assert isinstance(options_type, ObjectType), "object-add takes an object"
-    if isinstance(type_name, str) and type_name in options_type.branches:
-        properties = schema_properties(schema, options_type.branches[type_name], OBJECT_TYPE_NAMES)
-        lines = sorted(f"  {name}=<{type_}>" for name, type_ in properties.items())
-        return "\n".join([f"{type_name} options:", *lines])
-    kinds = schema.types["ObjectType"]
-    assert isinstance(kinds, EnumType), "ObjectType is an enum"
-    return "\n".join(["List of user creatable objects:", *(f"  {value.name}" for value in kinds.values)])

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
 from qmpd.commands.parts import Handler, Parts
+from qmpd.descriptors import ClientDescriptors
 from qmpd.errors import Error
 
 #: In QEMU's words, where "QEMU" is the program with a machine in it.
 _NO_DESCRIPTORS: Final = "only QEMU supports file descriptor passing"
 
 
-async def nbd_server_start(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+async def nbd_server_start(
+    parts: Parts, arguments: dict[str, Any], client: ClientDescriptors
+) -> dict[str, Any]:
     """Start the NBD server for a client."""
-    if arguments["addr"]["type"] == "fd":
-        # A client can't pass descriptors, and the daemon's own ones are none of its business.
-        raise Error("NBD server already running" if parts.exports.nbd_server else _NO_DESCRIPTORS)
-    return await start_nbd_server(parts, arguments)
+    if arguments["addr"]["type"] != "fd":
+        return await start_nbd_server(parts, arguments)
+    if parts.exports.nbd_server:
+        raise Error("NBD server already running")
+    # The daemon's own descriptors are none of a client's business: it names one that was passed.
+    name = arguments["addr"]["data"]["str"]
+    if not parts.is_system and name not in client.named:
+        raise Error(_NO_DESCRIPTORS)
+    descriptor = client.named.take(name)
+    try:
+        passed = {"type": "fd", "str": name, "descriptor": descriptor}
+        return await start_nbd_server(parts, {**arguments, "addr": passed})
+    finally:
+        os.close(descriptor)
 
 
 async def start_nbd_server(parts: Parts, options: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from qmpd.block.graph import Graph
+from qmpd.descriptors import FdSets
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
@@ -27,6 +28,7 @@ class Parts:
     :param chardevs: lists the character devices (ChardevInfo).
     :param quit: makes the daemon end once the reply is on its way.
     :param stdout: where qemu-io's output goes.
+    :param fdsets: the sets of descriptors that clients have passed.
     :param system: the machine of an emulator; None in a storage daemon.
     """
 
@@ -42,6 +44,7 @@ class Parts:
     chardevs: Callable[[], list[dict[str, Any]]]
     quit: Callable[[], Awaitable[None]]
     stdout: TextIO
+    fdsets: FdSets
     system: Machine | None = None
 
     @property
@@ -57,4 +60,10 @@ class Parts:
 
 
 #: Takes the parts and the validated arguments; returns a plain value in QAPI's names, or an awaitable of one.
-Handler = Callable[[Parts, dict[str, Any]], Any]
+#: Those of `WITH_DESCRIPTORS` take the client's ClientDescriptors as well.
+Handler = Callable[..., Any]
+
+#: The commands that are told of the descriptors that their client has passed.
+WITH_DESCRIPTORS: Final = frozenset(
+    {"add-fd", "closefd", "getfd", "human-monitor-command", "nbd-server-start"}
+)

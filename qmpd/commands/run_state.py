@@ -1,4 +1,4 @@
-"""Commands of `schema/run-state.json`: a machine that is not there runs and stops."""
+"""Commands of `schema/run-state.json`: a machine runs, stops and is switched off."""
 
 from __future__ import annotations
 
@@ -31,9 +31,23 @@ def system_powerdown(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def set_action(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Say what is done when something happens."""
+    parts.machine.set_actions(arguments)
+    return {}
+
+
+def watchdog_set_action(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Say what is done when a watchdog bites."""
+    parts.machine.set_actions({"watchdog": arguments["action"]})
+    return {}
+
+
 HANDLERS: Final[Mapping[str, Handler]] = {
     "query-status": query_status,
     "stop": stop,
     "cont": cont,
     "system_powerdown": system_powerdown,
+    "set-action": set_action,
+    "watchdog-set-action": watchdog_set_action,
 }

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from qmpd.commands import (
+    absent,
     block_core,
     block_export,
     char,
@@ -43,19 +44,19 @@ _MODULES: Final = (
 )
 
 #: Of the program that stands for an emulator.
-_SYSTEM_MODULES: Final = (emulator, migration, run_state)
+_SYSTEM_MODULES: Final = (absent, emulator, migration, run_state)
 
 #: What is cancelled when the client that wants it goes away: it may have a key derived, which takes long,
 #: and undoes all of itself.
 GIVEN_UP: Final = frozenset({"blockdev-add"})
 
 
-def handlers(parts: Parts) -> dict[str, Callable[[dict[str, Any]], Any]]:
+def handlers(parts: Parts) -> dict[str, Callable[..., Any]]:
     """The handlers by command name, each bound to the parts of this daemon.
 
     :raise ValueError: if a command has two.
     """
-    table: dict[str, Callable[[dict[str, Any]], Any]] = {}
+    table: dict[str, Callable[..., Any]] = {}
     modules = _MODULES + _SYSTEM_MODULES if parts.is_system else _MODULES
     for module in modules:
         for name, handler in module.HANDLERS.items():

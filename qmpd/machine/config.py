@@ -13,6 +13,7 @@ class MachineConfig:
     :param name: what people call it (``-name guest=``); None if it has no name.
     :param uuid: as text; None if it was given none.
     :param memory: bytes.
+    :param cpus: how many processors it has on paper.
     :param started: it runs from the start on (no ``-S``).
     :param no_shutdown: the process lives on when the machine is switched off (``-no-shutdown``).
     :param no_reboot: a reset switches it off (``-no-reboot``).
@@ -22,6 +23,7 @@ class MachineConfig:
     name: str | None = None
     uuid: str | None = None
     memory: int = 128 << 20
+    cpus: int = 1
     started: bool = True
     no_shutdown: bool = False
     no_reboot: bool = False

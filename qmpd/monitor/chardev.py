@@ -2,10 +2,10 @@
 
 A *socket* listens (`server`) or connects, on a UNIX path, an abstract UNIX name,
 TCP, or a descriptor that somebody passed; *stdio* is one session on standard input
-and output (:mod:`qmpd.monitor.stdio`).  A character device is opened when its
-option comes, so that errors are told in the options' order, and starts to serve
-when a monitor is attached to it.  QEMU serves one client at a time on a listening
-socket; here each one is served.
+and output (:mod:`qmpd.monitor.stdio`); by *null* and *ringbuf* nobody ever comes in.
+A character device is opened when its option comes, so that errors are told in the
+options' order, and starts to serve when a monitor is attached to it.  QEMU serves one
+client at a time on a listening socket; here each one is served.
 
 A UNIX socket is made with mode 0600 (QEMU: whatever the umask leaves), and nobody
 can connect with another mode for even a moment: Linux creates the file with the
@@ -30,6 +30,7 @@ from qmpd.errors import Error
 from qmpd.monitor import peers
 from qmpd.monitor.server import ProtocolFactory
 from qmpd.monitor.stdio import StandardStreams
+from qmpd.monitor.unix_stream import UnixStream
 from qmpd.sockets import PATH_SIZE, listen_on, make_room, resolve
 
 _logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class ChardevConfig:
     """What a character device is to be.
 
     :param id: its name, QEMU's `label`.
-    :param kind: `socket` or `stdio`.
+    :param kind: `socket`, `stdio`, `null` or `ringbuf`.
     :param path: of a UNIX socket; an abstract one begins with a zero byte.
     :param host: of a TCP socket, a name or an address; empty for every address of this machine.
     :param port: a number or the name of a service; `0` for any that is free.
@@ -141,7 +142,7 @@ class StdioChardev(Chardev):
     async def _serve(self) -> None:
         assert self._factory is not None
         self._streams = StandardStreams(self._factory())
-        await self._streams.start()
+        self._streams.start()
 
     async def close(self) -> None:
         """Nothing more is read."""
@@ -151,6 +152,23 @@ class StdioChardev(Chardev):
     def filename(self) -> str:
         """Always the same."""
         return "stdio"
+
+
+class EmptyChardev(Chardev):
+    """Nobody is at its other end: `null`, and `ringbuf`, which keeps what nobody here writes."""
+
+    async def open(self, announce: Announce) -> None:
+        """There is nothing to open."""
+
+    async def _serve(self) -> None:
+        """No client ever comes."""
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+    def filename(self) -> str:
+        """Its kind."""
+        return self.config.kind
 
 
 class SocketChardev(Chardev):
@@ -327,8 +345,13 @@ class SocketChardev(Chardev):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             here, there = connection.getsockname(), connection.getpeername()
             description = f"tcp:{_endpoint(here)}{self._options()} <-> {_endpoint(there)}"
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_accepted_socket(self._factory, connection)
+        transport: asyncio.BaseTransport
+        if connection.family == socket.AF_UNIX:
+            transport = stream = UnixStream(self._factory(), connection)
+            stream.start()
+        else:
+            loop = asyncio.get_running_loop()
+            transport, _ = await loop.connect_accepted_socket(self._factory, connection)
         self._forget_closed()
         self._clients[transport] = description
 
@@ -404,7 +427,12 @@ def _endpoint(name: tuple[Any, ...]) -> str:
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-_KINDS: Final[dict[str, type[Chardev]]] = {"socket": SocketChardev, "stdio": StdioChardev}
+_KINDS: Final[dict[str, type[Chardev]]] = {
+    "null": EmptyChardev,
+    "ringbuf": EmptyChardev,
+    "socket": SocketChardev,
+    "stdio": StdioChardev,
+}
 
 
 class Chardevs:

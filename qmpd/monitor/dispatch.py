@@ -27,8 +27,8 @@ from qmpd.monitor.session import NEGOTIATION, Call, Schema, Session
 
 _logger = logging.getLogger(__name__)
 
-#: Arguments in QAPI's names to a plain JSON value.
-Handler = Callable[[dict[str, Any]], Any | Awaitable[Any]]
+#: Arguments in QAPI's names to a plain JSON value.  Some are given the client's descriptors as well.
+Handler = Callable[..., Any | Awaitable[Any]]
 
 
 class Reply(NamedTuple):
@@ -56,11 +56,17 @@ class Dispatcher:
     :param schema: says which commands there are and what they take.
     :param handlers: one for each command, except `qmp_capabilities`, which is the session's.
     :param given_up: the commands that are cancelled when their client goes away.
+    :param with_descriptors: the commands whose handlers are called with the client's descriptors
+        (:class:`ClientDescriptors`) after the arguments.
     :raise ValueError: if a command has no handler, or a handler no command.
     """
 
     def __init__(
-        self, schema: Schema, handlers: Mapping[str, Handler], given_up: Collection[str] = ()
+        self,
+        schema: Schema,
+        handlers: Mapping[str, Handler],
+        given_up: Collection[str] = (),
+        with_descriptors: Collection[str] = (),
     ) -> None:
         commands = schema.commands.keys() - {NEGOTIATION}
         without = sorted(commands - handlers.keys())
@@ -69,6 +75,7 @@ class Dispatcher:
             raise ValueError(f"commands without a handler: {without}, handlers without a command: {unknown}")
         self.schema = schema
         self.given_up = frozenset(given_up)
+        self._with_descriptors = frozenset(with_descriptors)
         self._handlers = dict(handlers)
 
     def begin(self, session: Session, message: Any) -> Reply | Unfinished | None:
@@ -87,7 +94,11 @@ class Dispatcher:
                 session.negotiate(call.arguments.get("enable", ()))
                 value: Any = {}
             else:
-                value = self._handlers[name](call.arguments)
+                handler = self._handlers[name]
+                if name in self._with_descriptors:
+                    value = handler(call.arguments, session.descriptors)
+                else:
+                    value = handler(call.arguments)
                 if type(value) is not dict and inspect.isawaitable(value):
                     return Unfinished(call, message, value)
         except Exception as error:

@@ -105,7 +105,7 @@ def _written(value: Any, *, pretty: bool) -> str:
     return "".join(pieces)
 
 
-def encode(message: Mapping[str, Any], *, pretty: bool = False, may_have_doubles: bool = True) -> bytes:
+def encode(message: Any, *, pretty: bool = False, may_have_doubles: bool = True) -> bytes:
     """One message as it goes on the wire, line end included.
 
     :param message: plain JSON values; a NaN can't come from a client and is written as `nan`,

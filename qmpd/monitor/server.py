@@ -11,6 +11,8 @@ Nobody can make the daemon wait or grow:
 - a client with :data:`QUEUE_LIMIT` commands waiting is not read from;
 - a client that does not read its replies is not read from either, and its queue
   stands still, once `output_high` bytes are waiting for it;
+- of the descriptors that a client passes only the latest is kept, until a command claims it; while a
+  command waits that might, the client is not read from;
 - events can't be held back that way.  A client for which `output_limit` bytes have
   piled up is disconnected: one that lost some events and does not know it would be
   worse off than one that has to connect again.
@@ -32,6 +34,7 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any, Final, cast
 
+from qmpd.descriptors import ClientDescriptors, NamedDescriptors, Passed
 from qmpd.monitor.dispatch import Dispatcher, Unfinished
 from qmpd.monitor.encode import encode, event
 from qmpd.monitor.session import Session
@@ -55,7 +58,10 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._session = Session(monitor.dispatcher.schema, monitor.version)
+        self._passed = Passed()
+        self._session = Session(
+            monitor.dispatcher.schema, monitor.version, ClientDescriptors(self._passed, monitor.named)
+        )
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Any] = deque()
@@ -95,9 +101,14 @@ class Connection(asyncio.Protocol):
         self._queue.clear()
         self._urgent.clear()
         self._output.clear()
+        self._passed.close()
         self._monitor.left(self)
         if not self.closed.done():
             self.closed.set_result(None)
+
+    def descriptor_received(self, descriptor: int) -> None:
+        """Keep what was passed with the bytes that come next, in place of what was passed before."""
+        self._passed.put(descriptor)
 
     def data_received(self, data: bytes) -> None:
         """Execute what is complete by now."""
@@ -233,6 +244,9 @@ class Connection(asyncio.Protocol):
         if self._input_ended:
             return
         full = self._writing_paused or len(self._queue) >= QUEUE_LIMIT or self._monitor.stopped
+        if waiting and self._passed:
+            # The next descriptor would take the place of one that a waiting command may be about.
+            full = True
         if full != self._reading_paused:
             self._reading_paused = full
             if full:
@@ -296,6 +310,7 @@ class Monitor:
     :param dispatcher: executes the commands.
     :param version: the greeting's member `version`, as `query-version` returns it.
     :param pretty: write messages over several lines.
+    :param named: the descriptors that clients give names.
     :param output_high: bytes waiting for a client above which its commands are not executed.
     :param output_limit: bytes waiting for a client above which an event disconnects it.
     """
@@ -305,6 +320,7 @@ class Monitor:
         dispatcher: Dispatcher,
         version: Mapping[str, Any],
         pretty: bool = False,
+        named: NamedDescriptors | None = None,
         *,
         output_high: int = 1024 * 1024,
         output_limit: int = 16 * 1024 * 1024,
@@ -312,6 +328,7 @@ class Monitor:
         self.dispatcher = dispatcher
         self.version = version
         self.pretty = pretty
+        self.named = named or NamedDescriptors()
         self.output_high = output_high
         self.output_limit = output_limit
         #: Whether commands are not executed any more.
@@ -377,6 +394,7 @@ class Monitor:
             await asyncio.wait(closed, timeout=_FAREWELL)
         for connection in list(self._connections):
             connection.cut()
+        self.named.close()
 
 
 #: What a character device asks of whatever talks over it.

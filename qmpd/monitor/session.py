@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple, Protocol
 
+from qmpd.descriptors import ClientDescriptors
 from qmpd.errors import CommandNotFound, Error
 from qmpd.qjson import JSONError, JSONStream
 
@@ -114,11 +115,15 @@ class Session:
 
     :param schema: the commands there are.
     :param version: the greeting's member `version`, as `query-version` returns it.
+    :param descriptors: what commands may want to know of the client; by default that it passes none.
     """
 
-    def __init__(self, schema: Schema, version: Mapping[str, Any]) -> None:
+    def __init__(
+        self, schema: Schema, version: Mapping[str, Any], descriptors: ClientDescriptors | None = None
+    ) -> None:
         self._commands = schema.commands
         self._version = version
+        self.descriptors = descriptors or ClientDescriptors()
         self._stream = JSONStream()
         self.state = State.NEGOTIATING
         #: Whether the client has enabled out-of-band execution.

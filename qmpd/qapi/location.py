@@ -9,6 +9,11 @@ to be installed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
+
+#: The files that the programs' schemas begin with.
+STORAGE_SCHEMA: Final = "qapi-schema.json"
+SYSTEM_SCHEMA: Final = "system-schema.json"
 
 
 def schema_directory() -> Path:

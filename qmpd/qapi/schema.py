@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpd.qapi import introspection, keyval
 from qmpd.qapi.json_schema import Definitions
+from qmpd.qapi.location import STORAGE_SCHEMA
 from qmpd.qapi.parser import parse_file, parse_text
 from qmpd.qapi.resolve import Resolved, resolve
 from qmpd.qapi.types import (
@@ -143,6 +144,13 @@ class Schema:
         """
         self._check(type_name, value)
 
+    def validate_option(self, type_name: str, value: object) -> None:
+        """Check a value that stood in an option as ``key=value,...``.
+
+        :raise Error: in the words for options, about the first thing that is wrong.
+        """
+        self._check(type_name, value, from_strings=True)
+
     def _check(self, type_name: str, value: object, *, from_strings: bool = False) -> None:
         validator = self._validators.get(type_name)
         if validator is None:
@@ -214,7 +222,7 @@ def _parts(type_: Type) -> list[str]:
             return []
 
 
-def load(directory: str | Path, file: str = "qapi-schema.json") -> Schema:
+def load(directory: str | Path, file: str = STORAGE_SCHEMA) -> Schema:
     """Load a schema file and what it includes from a directory.
 
     :raise SchemaError: with file, line and column.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import deque
 from collections.abc import Mapping
@@ -15,11 +16,13 @@ from qmpd.qom.object import Object, Property
 if TYPE_CHECKING:
     from qmpd.qom.device import Device
 
+_LOG: Final = logging.getLogger(__name__)
+
 _SLOTS: Final = 32
 _FUNCTIONS: Final = 8
 
-#: Where a machine has its chip set: no disk goes there.
-_RESERVED_SLOTS: Final = frozenset({0, 1})
+#: Where most machines have their chip set: on a bus of no particular machine no disk goes there.
+CHIP_SET_SLOTS: Final = frozenset({0, 1})
 
 _MAX_TARGET: Final = 255
 _MAX_LUN: Final = 16383
@@ -52,13 +55,22 @@ class Bus(Object):
             properties[name] = Property(name, f"link<{device.type_name}>", partial(_path, device))
         return properties
 
+    @property
+    def label(self) -> str:
+        """What it is called outside of the object tree."""
+        return self.name
+
+    def unplugged_with(self, device: Device) -> list[Device]:
+        """The devices on this bus that go when `device` goes, itself included."""
+        return [device]
+
     def check_hotplug(self) -> None:
         """See that devices may come and go.
 
         :raise Error: if they may not.
         """
         if not self.hotplug:
-            raise Error(f"Bus '{self.name}' does not support hotplugging")
+            raise Error(f"Bus '{self.label}' does not support hotplugging")
 
 
 class SystemBus(Bus):
@@ -67,23 +79,35 @@ class SystemBus(Bus):
     kind = "System"
 
     def __init__(self) -> None:
-        super().__init__("System")
-        self.name = "main-system-bus"
+        super().__init__("System", hotplug=False)
+
+    @property
+    def label(self) -> str:
+        """In the object tree it goes by a shorter name."""
+        return "main-system-bus"
 
 
 class PCIBus(Bus):
-    """A PCI bus; a root port's has one slot only.
+    """A PCI bus; of a root port's a guest sees slot 0 only.
 
     A place is slot times 8 plus function.
+
+    :param reserved: the slots that nothing goes into.
     """
 
     kind = "PCI"
 
-    def __init__(self, type_name: str = "PCI", *, hotplug: bool = True, root_port: bool = False) -> None:
+    def __init__(
+        self,
+        type_name: str = "PCI",
+        *,
+        hotplug: bool = True,
+        root_port: bool = False,
+        reserved: frozenset[int] = frozenset(),
+    ) -> None:
         super().__init__(type_name, hotplug=hotplug)
         self.root_port = root_port
-        self._slots = range(1) if root_port else range(_SLOTS)
-        self._reserved = frozenset() if root_port else _RESERVED_SLOTS
+        self._reserved = reserved
 
     def place(self, device: Device) -> int:
         """Where `device` goes: its ``addr``, or the first free slot.
@@ -96,7 +120,6 @@ class PCIBus(Bus):
             wanted = self._free(taken, device)
         slot, function = divmod(wanted, _FUNCTIONS)
         name = device.type_name
-        first = taken.get(slot * _FUNCTIONS) if slot in self._slots else taken.get(0)
         if slot in self._reserved:
             raise Error(f"PCI: slot {slot} function {function} not available for {name}, reserved")
         if wanted in taken:
@@ -105,32 +128,52 @@ class PCIBus(Bus):
                 f"PCI: slot {slot} function {function} not available for {name}, "
                 f"in use by {user.type_name},id={'(null)' if user.device_id is None else user.device_id}"
             )
-        if first is not None:
-            # A guest looks at a slot's other functions only when it first sees function 0.
-            raise Error(
-                f"PCI: slot {slot if slot in self._slots else 0} function 0 already occupied by "
-                f"{first.type_name}, new func {name} cannot be exposed to guest."
+        if device.hotplugged:
+            self._check_visible(taken, 0 if self.root_port else slot, name)
+        self._check_functions(taken, slot, function, device)
+        if self.root_port and slot:
+            _LOG.warning(
+                "PCI: slot %d is not valid for %s, parent device only allows plugging into slot 0.",
+                slot,
+                name,
             )
-        if slot not in self._slots:
-            raise Error(
-                f"PCI: slot {slot} is not valid for {name}, parent device only allows plugging into slot 0."
-            )
-        if function == 0 and not device.values["multifunction"]:
-            for other in range(wanted + 1, wanted + _FUNCTIONS):
-                if other in taken:
-                    raise Error(
-                        f"PCI: {slot:x}.0 indicates single function, but {slot:x}.{other % _FUNCTIONS} "
-                        "is already populated."
-                    )
         return wanted
 
+    def unplugged_with(self, device: Device) -> list[Device]:
+        """All functions of the slot, the newest first: it is switched off as a whole."""
+        slot = device.values["addr"] // _FUNCTIONS
+        return [each for each in reversed(self.devices) if each.values["addr"] // _FUNCTIONS == slot]
+
+    def _check_visible(self, taken: Mapping[int, Device], slot: int, name: str) -> None:
+        """See that a guest can find a new device: it looks at a slot when function 0 of that comes."""
+        first = taken.get(slot * _FUNCTIONS)
+        if first is not None:
+            raise Error(
+                f"PCI: slot {slot} function 0 already occupied by {first.type_name}, "
+                f"new func {name} cannot be exposed to guest."
+            )
+
+    def _check_functions(self, taken: Mapping[int, Device], slot: int, function: int, device: Device) -> None:
+        """See that a slot with several functions says so in function 0."""
+        base = slot * _FUNCTIONS
+        if function:
+            first = taken.get(base)
+            if first is not None and not first.values["multifunction"]:
+                raise Error(
+                    f"PCI: single function device can't be populated in function {slot:x}.{function:x}"
+                )
+        elif not device.values["multifunction"]:
+            for other in range(1, _FUNCTIONS):
+                if base + other in taken:
+                    raise Error(
+                        f"PCI: {slot:x}.0 indicates single function, but {slot:x}.{other:x} "
+                        "is already populated."
+                    )
+
     def _free(self, taken: Mapping[int, Device], device: Device) -> int:
-        for slot in self._slots:
+        for slot in range(_SLOTS):
             if slot not in self._reserved and slot * _FUNCTIONS not in taken:
                 return slot * _FUNCTIONS
-        if len(self._slots) == 1:
-            # Let the caller say who is there.
-            return 1
         raise Error(f"PCI: no slot/function available for {device.type_name}, all in use or reserved")
 
 

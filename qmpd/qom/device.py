@@ -42,7 +42,9 @@ class DeviceHalf(Object):
     def _property(self, name: str, type_: str) -> Property:
         device = self.device
         if name == "hotpluggable":
-            return Property(name, type_, lambda: self is device and device.bus.hotplug)
+            return Property(
+                name, type_, lambda: self is device and device.bus.hotplug and device.model.pluggable
+            )
         if name == "parent_bus":
             return Property(name, type_, lambda: device.bus.path if self is device else "")
         setter = None if name in _FIXED else lambda value: device.change(name, value)
@@ -83,6 +85,10 @@ class Device(DeviceHalf):
         """The half that does the work: the device itself, unless it is a virtio device."""
         half = self.children.get("virtio-backend")
         return half if isinstance(half, DeviceHalf) else self
+
+    def leaving(self) -> list[Device]:
+        """All that goes when this device is unplugged, in that order."""
+        return [each for other in self.bus.unplugged_with(self) for each in other.with_children()]
 
     def with_children(self) -> list[Device]:
         """All that is plugged into this device, the last one first, and then itself."""

@@ -22,7 +22,8 @@ from qmpd.block.graph import Graph
 from qmpd.block.node import Node
 from qmpd.block.permissions import Permission
 from qmpd.errors import DeviceNotFound, Error
-from qmpd.qom.buses import Bus, PCIBus, SCSIBus, SystemBus, descend, pci_address
+from qmpd.qom.boards import Board
+from qmpd.qom.buses import CHIP_SET_SLOTS, Bus, PCIBus, SCSIBus, SystemBus, descend, pci_address
 from qmpd.qom.device import Device, DeviceHalf
 from qmpd.qom.guest_disk import GuestDisk
 from qmpd.qom.iothread import IOThread
@@ -33,19 +34,20 @@ from qmpd.qom.models import (
     HISTORIC,
     INNER_BUS,
     MODELS,
+    SOLDERED,
     Model,
     absent_properties,
 )
-from qmpd.qom.object import schema_properties
+from qmpd.qom.object import Object, schema_properties
 from qmpd.qom.tree import ObjectTree
-from qmpd.qom.types import TYPES, implements
+from qmpd.qom.types import TYPES
 
 Emit = Callable[[str, dict[str, Any]], None]
 
-#: Seconds between `device_del` of a virtio device and its DEVICE_DELETED.  In QEMU a
-#: guest's answer lies between the two.  libvirt begins to wait for the event when it
-#: has the reply; one that arrives in the same burst is looked at before that, as if
-#: the guest had unplugged the device by itself.
+#: Seconds between `device_del` and DEVICE_DELETED.  In QEMU a guest's answer lies between
+#: the two; a SCSI disk needs none, and its event comes about as late.  libvirt begins to
+#: wait for the event when it has the reply; one that arrives in the same burst is looked
+#: at before that, as if the guest had unplugged the device by itself.
 _EVENT_DELAY: Final = 0.02
 
 #: The members of `device_add` itself; all others are properties.
@@ -83,28 +85,65 @@ class Devices:
     :param graph: has the nodes that disks are on.
     :param tree: the object tree that devices appear in.
     :param emit: sends an event to clients.
+    :param board: what everything is plugged into; None for a bus that takes what any machine takes.
     """
 
-    def __init__(self, graph: Graph, tree: ObjectTree, emit: Emit) -> None:
+    def __init__(self, graph: Graph, tree: ObjectTree, emit: Emit, board: Board | None = None) -> None:
         self._graph = graph
         self._tree = tree
         self._emit = emit
         self._system_bus = SystemBus()
-        self._root_bus = PCIBus()
-        self._root_bus.name = "pci.0"
+        self._root_bus: PCIBus | None = None
         #: SCSI buses, newest first; root ports' buses are found by name only.
-        self._buses: list[Bus] = [self._root_bus]
+        self._buses: list[Bus] = []
         self._anonymous = 0
+        self._flexible = board is None
+        if board is None:
+            self._root_bus = PCIBus(reserved=CHIP_SET_SLOTS)
+            self._root_bus.name = "pci.0"
+            self._buses.append(self._root_bus)
+        else:
+            self._solder(board)
         self._waiting_events: list[dict[str, Any]] = []
         self._timer: asyncio.TimerHandle | None = None
 
+    # -- the board
+
+    def _solder(self, board: Board) -> None:
+        """Put what the board has of itself into the tree."""
+        self._put("unattached/sysbus", self._system_bus)
+        root = board.root
+        if root is None:
+            return
+        host = self._soldered(root.host, self._system_bus, root.host_name)
+        host.own_bus = self._root_bus = PCIBus(root.type_name, hotplug=root.hotplug)
+        host.add(root.name, self._root_bus)
+        self._buses.append(self._root_bus)
+        for chip in root.chip_set:
+            device = self._soldered(chip.type_name, self._root_bus, chip.path)
+            device.values.update({"addr": chip.slot * 8 + chip.function, "multifunction": chip.multifunction})
+
+    def _soldered(self, type_name: str, bus: Bus, path: str) -> Device:
+        device = Device(SOLDERED[type_name], self._tree.schema, None, bus, hotplugged=False)
+        bus.devices.append(device)
+        self._put(path, device)
+        return device
+
+    def _put(self, path: str, found: Object) -> None:
+        """Give an object its place below the machine."""
+        above, _, name = path.rpartition("/")
+        parent = self._tree.absolute(f"/machine/{above}")
+        assert parent is not None, "what is soldered is listed after what it is on"
+        parent.add(name, found)
+
     # -- plugging in
 
-    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True) -> Device:
+    def add(self, options: Mapping[str, Any], *, hotplugged: bool = True, written: bool = False) -> Device:
         """Plug a device in, as `device_add` does.
 
         :param options: the members of `device_add`, as the client sent them.
         :param hotplugged: False on the command line, where buses take what they don't take later.
+        :param written: the options were written as ``key=value``; errors are worded accordingly.
         :return: the device.
         :raise Error: if that can't be done; then nothing has changed.
         """
@@ -119,12 +158,13 @@ class Devices:
             device_id = None
         device = Device(model, self._tree.schema, device_id, bus, hotplugged=hotplugged)
         name = self._reserve_name(device_id)
-        self._set_properties(device, options)
+        self._set_properties(device, options, written=written)
         node = self._drive(device, options)
         self._check_pci(device)
         self._place(device)
         path = f"/machine/{'peripheral-anon' if device_id is None else 'peripheral'}/{name}"
         _PREPARE[model.family](device, node)
+        self._check_chassis(device)
         if node is not None:
             self._attach(device, node, path)
         self._commit(device, name)
@@ -136,7 +176,7 @@ class Devices:
             if named.kind != model.bus:
                 raise Error(f"Device '{model.name}' can't go on {named.type_name} bus")
             return named
-        if model.bus == self._root_bus.kind:
+        if self._root_bus is not None and model.bus == self._root_bus.kind:
             return self._root_bus
         found = next((bus for bus in self._buses if bus.kind == model.bus), None)
         if found is None:
@@ -150,11 +190,11 @@ class Devices:
             return descend(self._system_bus, names, path)
         first = names[0] if names else ""
         bus: Bus | None
-        if first in ("pci.0", "pcie.0"):
+        if self._flexible and first in ("pci.0", "pcie.0"):
             # Clients write one or the other after the machine that they know; there is one root.
             bus = self._root_bus
         else:
-            bus = next((bus for bus in (*self._buses, self._system_bus) if bus.name == first), None)
+            bus = next((bus for bus in (*self._buses, self._system_bus) if bus.label == first), None)
         if bus is None:
             raise Error(f"Bus '{first}' not found")
         return descend(bus, names[1:], path)
@@ -168,7 +208,7 @@ class Devices:
             raise Error(f"Duplicate device ID '{device_id}'")
         return device_id
 
-    def _set_properties(self, device: Device, options: Mapping[str, Any]) -> None:
+    def _set_properties(self, device: Device, options: Mapping[str, Any], *, written: bool) -> None:
         model, schema = device.model, self._tree.schema
         given = {name: value for name, value in options.items() if name not in _COMMAND_MEMBERS}
         known = schema_properties(schema, model.struct, {}).keys() - absent_properties(model.name)
@@ -182,7 +222,10 @@ class Devices:
         if "addr" in given and "addr" in known:
             given["addr"] = pci_address(model.name, given["addr"])
         values = schema.coerce(model.struct, given)
-        schema.validate(model.struct, values)
+        if written or (not device.hotplugged and all(isinstance(value, str) for value in given.values())):
+            schema.validate_option(model.struct, values)
+        else:
+            schema.validate(model.struct, values)
         if values.get("scsi"):
             raise Error("Parameter 'scsi' can only be off: virtio-blk passes no SCSI requests on any more")
         for name in _SIZES_32:
@@ -235,6 +278,16 @@ class Devices:
         if size != AUTO_UINT32 and (not size or size & (size - 1)):
             raise Error(f"ROM size {size} is not a power of two")
 
+    def _check_chassis(self, device: Device) -> None:
+        """See that no other root port of a machine calls itself the same slot of the same chassis."""
+        if self._flexible or device.model.family != "pcie-root-port":
+            return
+        for other in self._all():
+            if other.model is device.model and all(
+                other.values[name] == device.values[name] for name in ("chassis", "slot")
+            ):
+                raise Error("Can't add chassis slot, error -16")
+
     def _place(self, device: Device) -> None:
         match device.bus:
             case PCIBus():
@@ -268,7 +321,7 @@ class Devices:
         """Put the device and what it brings into the tree.  Nothing here fails."""
         machine = self._tree.machine()
         peripheral, anonymous = machine.container("peripheral"), machine.container("peripheral-anon")
-        if self._root_bus.parent is None:
+        if self._root_bus is not None and self._root_bus.parent is None:
             if device.model.name == "pcie-root-port" and not device.hotplugged:
                 # Whoever has root ports from the start means a PCI Express machine, whose root takes
                 # nothing later: hot-plugged devices go into the ports.
@@ -290,7 +343,8 @@ class Devices:
         if device.model.provides == "SCSI":
             bus, bus_name = SCSIBus(), "scsi.0" if device.device_id is None else f"{device.device_id}.0"
         elif device.model.provides == "PCI":
-            bus, bus_name = PCIBus("PCIE", root_port=True), device.device_id or f"pcie.{self._anonymous}"
+            bus = PCIBus("PCIE", hotplug=device.values["hotplug"], root_port=True)
+            bus_name = device.device_id or f"pcie.{self._anonymous}"
         if bus is not None:
             half.add(bus_name, bus)
             device.own_bus = bus
@@ -338,6 +392,8 @@ class Devices:
         if half is not half.device:
             raise Error("Bus 'virtio-bus' does not support hotplugging")
         half.device.bus.check_hotplug()
+        if not half.device.model.pluggable:
+            raise Error(f"Device '{half.type_name}' does not support hotplugging")
         return half.device
 
     def take_out(self, device: Device) -> None:
@@ -350,23 +406,15 @@ class Devices:
         :param device_id: its id, or its path in the object tree.
         :raise Error: if it is not there or can't be unplugged.
         """
-        device = self.removable(device_id)
-        events = self._unplug(device)
-        if device.model.bus == "SCSI":
-            # A SCSI disk needs no answer of the guest in QEMU either.
-            for event in events:
-                self._emit("DEVICE_DELETED", event)
-            return
-        self._waiting_events += events
+        for device in self.removable(device_id).leaving():
+            self._waiting_events += self._unplug(device)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_EVENT_DELAY, self.send_deleted)
 
     def _unplug(self, device: Device) -> list[dict[str, Any]]:
-        """Unplug a device and all that is plugged into it; returns the events' data."""
+        """Unplug a device that nothing is plugged into; returns the events' data."""
         events: list[dict[str, Any]] = []
         if device.own_bus is not None:
-            for child in reversed(device.own_bus.devices[:]):
-                events += self._unplug(child)
             self._buses.remove(device.own_bus)
         if device.inner is not device:
             events.append({"path": device.inner.path})
@@ -393,6 +441,12 @@ class Devices:
         """Start the machine over, as `system_reset` does; devices keep their state."""
         self._emit("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
         self.send_deleted()
+
+    def forget_failures(self) -> None:
+        """Call every disk's I/O status good again, as `cont` does."""
+        for device in self._all():
+            if isinstance(device.inner.backend, GuestDisk):
+                device.inner.backend.forget_failure()
 
     def close(self) -> None:
         """Send the events that are due, and let go of all nodes."""
@@ -449,9 +503,11 @@ def _model(driver: object) -> Model:
     name = ALIASES.get(driver, driver)
     if name in MODELS:
         return MODELS[name]
+    if name in SOLDERED:
+        raise Error("Parameter 'driver' expects a pluggable device type")
     if name in INNER_BUS:
         raise Error(f"No '{INNER_BUS[name]}' bus found for device '{name}'")
-    if name in TYPES and TYPES[name].abstract and implements(name, "device"):
+    if name in TYPES and TYPES[name].abstract and TYPES[name].implements("device"):
         raise Error("Parameter 'driver' expects a non-abstract device type")
     raise Error(f"'{driver}' is not a valid device model name")
 

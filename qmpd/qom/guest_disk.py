@@ -78,7 +78,11 @@ class GuestDisk(Backend):
         """Count a request; the I/O status is good again if it was of the kind that failed."""
         super().succeeded(kind, size, took)
         if kind == self._failing:
-            self.io_status, self._failing = "ok", None
+            self.forget_failure()
+
+    def forget_failure(self) -> None:
+        """Call the I/O status good again."""
+        self.io_status, self._failing = "ok", None
 
     def failed(self, kind: str, size: int, took: int, error: OSError) -> bool:
         """Count a request that failed, and do what the device's properties say."""

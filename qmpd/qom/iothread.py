@@ -6,6 +6,7 @@ iothread is a name with numbers: clients that make one and refer to it work.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -43,6 +44,11 @@ class IOThread(UserCreatable):
     def get(self, name: str) -> Any:
         """The number."""
         return self._values[name]
+
+    def info(self) -> dict[str, int]:
+        """What `query-iothreads` says of it, with the thread of the loop, in which it is called."""
+        shown = ("poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch")
+        return {"thread-id": threading.get_native_id(), **{name: self._values[name] for name in shown}}
 
     def set(self, name: str, value: Any) -> None:
         """Take another number.

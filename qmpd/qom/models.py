@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from qmpd.qapi import Schema
 from qmpd.qom.object import DEVICE_TYPE_NAMES, schema_properties
-from qmpd.qom.types import TYPES, implements
+from qmpd.qom.types import TYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Model:
     :param inner: the type of its other half, if it has one.
     :param provides: the kind of bus that it provides, if any.
     :param disk: it has a drive.
+    :param pluggable: it can be plugged in and out; otherwise it is soldered to a board.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Model:
     inner: str | None = None
     provides: str | None = None
     disk: bool = False
+    pluggable: bool = True
 
     @property
     def struct(self) -> str:
@@ -62,6 +64,17 @@ _MODELS: Final = (
 )
 
 MODELS: Final[Mapping[str, Model]] = {model.name: model for model in _MODELS}
+
+_CHIP_SET: Final = ("i440FX", "PIIX3", "piix3-ide", "PIIX4_PM", "mch", "ICH9-LPC", "ich9-ahci", "ICH9-SMB")
+
+#: What boards have of themselves.
+SOLDERED: Final[Mapping[str, Model]] = {
+    **{
+        name: Model(name, "host-bridge", "System", pluggable=False)
+        for name in ("i440FX-pcihost", "q35-pcihost")
+    },
+    **{name: Model(name, "chip-set", "PCI", pluggable=False) for name in _CHIP_SET},
+}
 
 #: Other names that `device_add` takes.
 ALIASES: Final[Mapping[str, str]] = {
@@ -211,7 +224,7 @@ _PCI_SIDE: Final = frozenset(
 _VIRTIO_FORMS: Final = frozenset({"disable-legacy", "disable-modern"})
 
 #: What every device has besides the members of its struct.
-_OF_ALL_DEVICES: Final[Mapping[str, str]] = {
+OF_ALL_DEVICES: Final[Mapping[str, str]] = {
     "parent_bus": "link<bus>",
     "realized": "bool",
     "hotplugged": "bool",
@@ -226,12 +239,13 @@ def absent_properties(type_name: str) -> frozenset[str]:
 
 def device_property_types(schema: Schema, type_name: str) -> dict[str, str]:
     """The QOM types of a device type's properties by name, without "type"."""
-    properties = dict(_OF_ALL_DEVICES)
-    struct = TYPES[type_name].struct
+    properties = dict(OF_ALL_DEVICES)
+    info = TYPES[type_name]
+    struct = info.struct
     if struct is None:
         return properties
     hidden = _NOT_PROPERTIES | HISTORIC | absent_properties(type_name)
-    if implements(type_name, "virtio-device"):
+    if info.implements("virtio-device"):
         hidden |= _PCI_SIDE
     members = schema_properties(schema, struct, DEVICE_TYPE_NAMES)
     properties.update((name, type_) for name, type_ in members.items() if name not in hidden)

@@ -99,10 +99,10 @@ class Object:
 
 
 class Container(Object):
-    """An object that only holds others."""
+    """An object that holds others."""
 
-    def __init__(self) -> None:
-        super().__init__("container")
+    def __init__(self, type_name: str = "container") -> None:
+        super().__init__(type_name)
 
     def container(self, name: str) -> Container:
         """The container `name` below this one, made if it is not there yet."""

@@ -1,8 +1,8 @@
 """The object tree: objects by path, and the commands on them.
 
 The root holds the containers ``backend``, ``chardevs`` and ``objects``, and
-``machine`` from the moment on when there is a device (a storage daemon without
-devices looks like QEMU's, which has no machine).  A path is absolute, or it is
+``machine``: an emulator's from the start, a storage daemon's from the moment on
+when there is a device (without one it looks like QEMU's, which has no machine).  A path is absolute, or it is
 *partial*: then it means the one object whose path ends with it, and if there
 are several, none.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -20,16 +20,25 @@ from qmpd.errors import DeviceNotFound, Error
 from qmpd.qapi import Schema
 from qmpd.qom.authz import Authorization, AuthorizationList, SimpleAuthorization
 from qmpd.qom.iothread import IOThread
-from qmpd.qom.models import DEFAULTS, device_property_types
+from qmpd.qom.machine import MachineObject
+from qmpd.qom.memory_backend import FileBackend, MemfdBackend, MemoryBackend, RamBackend
+from qmpd.qom.models import DEFAULTS, OF_ALL_DEVICES, device_property_types
 from qmpd.qom.object import OBJECT_TYPE_NAMES, Chardev, Container, Object, schema_properties
 from qmpd.qom.secret import AnySecret, Secret, check_utf8
 from qmpd.qom.secret_keyring import KeyringSecret
 from qmpd.qom.throttle_group import ThrottleGroup
 from qmpd.qom.tls_creds import Anonymous, PreSharedKeys, TLSCredentials, X509Credentials
-from qmpd.qom.types import TYPES, implements
+from qmpd.qom.types import TYPES, machine_type
 from qmpd.qom.user_creatable import UserCreatable
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+
+#: What a device's property can be, for types with few values.
+_CHOICES: Final[Mapping[str, str]] = {
+    "bool": "on/off",
+    "OnOffAuto": "on/off/auto",
+    "BlockdevOnError": "report/ignore/enospc/stop/auto",
+}
 
 #: What `object-add` makes.
 _CREATABLE: Final[Mapping[str, type[UserCreatable]]] = {
@@ -37,9 +46,12 @@ _CREATABLE: Final[Mapping[str, type[UserCreatable]]] = {
     for class_ in (
         Anonymous,
         AuthorizationList,
+        FileBackend,
         IOThread,
         KeyringSecret,
+        MemfdBackend,
         PreSharedKeys,
+        RamBackend,
         Secret,
         SimpleAuthorization,
         ThrottleGroup,
@@ -57,13 +69,26 @@ class ObjectTree:
 
     :param schema: has the structs that objects' properties are in.
     :param key_memory: where secrets' values are; by default in pages of their own.
+    :param machine: the machine, if there is one.
+    :param machine_types: the full names of the types of machines that there could be.
     """
 
-    def __init__(self, schema: Schema, key_memory: KeyMemory | None = None) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        key_memory: KeyMemory | None = None,
+        machine: MachineObject | None = None,
+        machine_types: Iterable[str] = (),
+    ) -> None:
         self.schema = schema
         self.key_memory = key_memory or KeyMemory()
+        self._types = {info.name: info for info in TYPES.values() if machine is not None or not info.emulator}
+        self._types.update((info.name, info) for info in map(machine_type, machine_types))
         self.root = Container()
         self.backend = self.root.container("backend")
+        if machine is not None:
+            self.root.add("machine", machine)
+            self.machine()
         self.objects = self.root.container("objects")
         self._chardevs = self.root.container("chardevs")
 
@@ -172,8 +197,8 @@ class ObjectTree:
             {"name": info.name}
             | ({"abstract": True} if info.abstract else {})
             | ({"parent": info.parent} if info.parent else {})
-            for info in TYPES.values()
-            if (abstract or not info.abstract) and (wanted is None or implements(info.name, wanted))
+            for info in self._types.values()
+            if (abstract or not info.abstract) and (wanted is None or info.implements(wanted))
         ]
 
     def list_properties(self, type_name: str) -> list[dict[str, Any]]:
@@ -181,22 +206,44 @@ class ObjectTree:
 
         :raise Error: if it is no type of objects.
         """
-        info = TYPES.get(type_name)
+        info = self._types.get(type_name)
         if info is None:
             raise DeviceNotFound(f"Class '{type_name}' not found")
-        if not implements(type_name, "object"):
+        if not info.implements("object"):
             raise Error("Parameter 'typename' expects a QOM type")
         properties = {"type": "string"}
-        defaults: Mapping[str, Any] = {}
-        if implements(type_name, "device"):
+        if info.implements("device"):
             properties.update(device_property_types(self.schema, type_name))
-            defaults = DEFAULTS
-        elif info.struct is not None:
+            return [self._property_info(name, type_) for name, type_ in properties.items()]
+        if info.struct is not None:
             properties.update(schema_properties(self.schema, info.struct, OBJECT_TYPE_NAMES))
+        properties.update(info.all_properties())
+        return [{"name": name, "type": type_} for name, type_ in properties.items()]
+
+    def list_device_properties(self, type_name: str) -> list[dict[str, Any]]:
+        """The properties that a device's type has and not every device's, as `device-list-properties` does.
+
+        :raise Error: if it is no type of devices.
+        """
+        info = self._types.get(type_name)
+        if info is None:
+            raise DeviceNotFound(f"Device '{type_name}' not found")
+        if info.abstract or not info.implements("device"):
+            raise Error("Parameter 'typename' expects a non-abstract device type")
         return [
-            {"name": name, "type": type_} | ({"default-value": defaults[name]} if name in defaults else {})
-            for name, type_ in properties.items()
+            self._property_info(name, type_)
+            for name, type_ in device_property_types(self.schema, type_name).items()
+            if name not in OF_ALL_DEVICES and not name.startswith("legacy-")
         ]
+
+    def _property_info(self, name: str, type_: str) -> dict[str, Any]:
+        """What is said of a device type's property (ObjectPropertyInfo)."""
+        return {
+            "name": name,
+            "type": type_,
+            **({"default-value": DEFAULTS[name]} if name in DEFAULTS else {}),
+            **({"description": _CHOICES[type_]} if type_ in _CHOICES else {}),
+        }
 
     # -- what others of the daemon need
 
@@ -228,6 +275,27 @@ class ObjectTree:
         """
         if not isinstance(self.objects.children.get(iothread_id), IOThread):
             raise Error(f'iothread "{iothread_id}" not found')
+
+    def use_memory(self, backend_id: str) -> None:
+        """Make an object the machine's memory, on paper.
+
+        :raise Error: if it is not there or no memory.
+        """
+        found = self.objects.children.get(backend_id)
+        if not isinstance(found, MemoryBackend):
+            raise Error(f"Memory backend '{backend_id}' not found")
+        found.is_memory = True
+        machine = self.machine()
+        if isinstance(machine, MachineObject):
+            machine.memory = found
+
+    def iothreads(self) -> list[dict[str, Any]]:
+        """The I/O threads (IOThreadInfo)."""
+        return [
+            {"id": name, **each.info()}
+            for name, each in self.objects.children.items()
+            if isinstance(each, IOThread)
+        ]
 
     def tls_server_context(self, credentials_id: str, authorization_id: str | None = None) -> ssl.SSLContext:
         """What a server needs for the TLS credentials with this id.

@@ -137,7 +137,7 @@ async def test_a_file_that_can_not_be_opened_for_writing_keeps_its_locks(
     )
     Backend(graph, perm=READ, shared=ALL & ~Permission.RESIZE).attach(node)
 
-    def refuse(filename: str, flags: int) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:

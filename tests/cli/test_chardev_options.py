@@ -6,15 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpd.cli.chardev_options import (
-    HelpRequested,
-    Kind,
-    chardev_config,
-    monitor_shortcut,
-    parse_settings,
-)
+from qmpd.cli.chardev_options import chardev_config, monitor_shortcut
 from qmpd.errors import Error
 from qmpd.monitor.chardev import ChardevConfig
+from qmpd.qapi.settings import HelpRequested, Kind, parse_settings
 
 KNOWN = {
     "path": Kind.TEXT,

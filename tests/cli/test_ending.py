@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
+from daemons import CHECKOUT, PATIENCE, QMPD
 
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks1 import format_plan
@@ -48,3 +52,32 @@ def test_a_key_that_is_being_derived_does_not_hold_the_end_up(start_daemon, endl
             daemon.process.send_signal(signal.SIGTERM)
         assert daemon.process.wait(20) == 0
     assert not daemon.socket.exists()
+
+
+def test_a_failing_start_is_explained_before_the_monitor_closes(tmp_path: Path) -> None:
+    # Whoever started the daemon is connected already, and looks for the reason when the connection ends.
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "monitor"))
+    listener.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(PATIENCE)
+    client.connect(str(tmp_path / "monitor"))
+    fd = listener.fileno()
+    chardev = ("--chardev", f"socket,id=m,fd={fd},server=on,wait=off", "--monitor", "chardev=m")
+    with (tmp_path / "stderr").open("wb") as stderr:
+        daemon = subprocess.Popen(
+            [*QMPD, *chardev, "--blockdev", "driver=file,node-name=n,filename=/missing"],
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            stderr=stderr,
+            pass_fds=[fd],
+        )
+    listener.close()
+    with client:
+        try:
+            while client.recv(1 << 16):
+                pass
+        except ConnectionResetError:
+            pass
+        said = (tmp_path / "stderr").read_text()
+    assert daemon.wait(PATIENCE) == 1
+    assert "No such file or directory" in said

@@ -280,3 +280,25 @@ def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
     with process.stderr as stderr:
         assert stderr.read() == b""
     process.wait(PATIENCE)
+
+
+def test_the_schema_of_the_emulator_has_commands_about_a_machine(tmp_path: Path) -> None:
+    names = []
+    for options in ([], ["--emulator"]):
+        result = run("schema", "--introspection", *options, directory=tmp_path)
+        entities = json.loads(result.stdout)
+        names.append({each["name"] for each in entities if each["meta-type"] in ("command", "event")})
+    assert names[0] < names[1]
+    assert "query-machines" in names[1] - names[0]
+    assert json.loads(run("schema", "--emulator", directory=tmp_path).stdout)
+
+
+def test_commands_about_a_machine_are_checked_against_the_schema_of_the_emulator(tmp_path: Path) -> None:
+    right, wrong = '{"execute": "stop"}', '{"execute": "set-action", "arguments": {"reboot": "panic"}}'
+    result = run("check", "--emulator", "-", directory=tmp_path, text=f"{right}\n{wrong}\n")
+    assert (result.returncode, result.stdout) == (
+        1,
+        "-:2: Parameter 'reboot' does not accept value 'panic'\n",
+    )
+    result = run("check", "-", directory=tmp_path, text=right)
+    assert (result.returncode, result.stdout) == (1, "-:1: The command stop has not been found\n")

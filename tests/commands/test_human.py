@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ import pytest_asyncio
 
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
-from qmpd.commands.human import execute
+from qmpd.commands import human
 from qmpd.commands.parts import Parts
+from qmpd.descriptors import Allowance, ClientDescriptors, FdSets
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug
 from qmpd.jobs import Jobs
@@ -42,6 +45,7 @@ async def parts() -> AsyncIterator[Parts]:
         objects=tree,
         devices=devices,
         exports=exports,
+        fdsets=FdSets(Allowance()),
         hotplug=Hotplug(graph, devices, exports),
         jobs=Jobs(emit),
         emit=emit,
@@ -52,6 +56,10 @@ async def parts() -> AsyncIterator[Parts]:
     )
     devices.close()
     await graph.close()
+
+
+async def execute(parts: Parts, line: str, client: ClientDescriptors | None = None) -> str:
+    return await human.execute(parts, client or ClientDescriptors(), line)
 
 
 def printed(parts: Parts) -> str:
@@ -130,7 +138,7 @@ async def test_info_block_describes_disks_and_nodes(parts: Parts) -> None:
     attached = "    Attached to:      /machine/peripheral/d/virtio-backend\r\n"
     cache = "    Cache mode:       writeback\r\n"
     assert await execute(parts, "info block") == f"n2: {json} (null-co)\r\n{attached}{cache}"
-    assert await execute(parts, "info block n2") == f"n2: {json} (null-co)\r\n{cache}"
+    assert await execute(parts, "info block n2") == f"\r\nn2: {json} (null-co)\r\n{cache}"
     assert await execute(parts, "info block nope") == ""
     nodes = await execute(parts, "info block -n")
     assert nodes.count(cache) == 3
@@ -153,3 +161,90 @@ async def test_qemu_io_by_node_name_asks_the_device_above_for_permission(parts: 
     answer = await execute(parts, 'qemu-io n2 "write 0 512"')
     assert answer.startswith("Permission conflict on node 'n2'")
     assert await execute(parts, 'qemu-io n2 "read 0 512"') == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "object_add secret,id=s,data=hun,ter2",
+        "object_add secret,id=s,data=hun,ter2=x",
+        "object_add secret,id=s,data=hun,ter2.x=y",
+        "object_add secret,id=s,data=x,hunter2",
+        "object_add secret,id=s,data.hunter2=x",
+        "object_add id=s,qom-type=secret,hunter2=x",
+        "object_add qom-type=secret,id=hunter2 x,data=y",
+        'object_add {"qom-type": "secret", "id": "s", "data": "x"hunter2"}',
+        'object_add {"qom-type": "secret", "id": "s", "hunter2": "x"}',
+        "object_add secret,id=s,data=hunter2!,format=base64",
+        "object_add secret,id=s,data=hunter2,keyid=nope",
+        "object_add secret,data=hunter2",
+        "objectadd secret,id=s,data=hunter2",
+        "object_add/secret,id=s,data=hunter2",
+        'object_del "hunter2',
+    ],
+)
+async def test_no_answer_holds_a_piece_of_a_secret(parts: Parts, line: str) -> None:
+    answer = await execute(parts, line)
+    assert answer
+    assert "ter2" not in answer
+    assert "s" not in parts.objects.objects.children
+
+
+async def test_a_secret_made_by_a_person_is_used_and_never_shown(parts: Parts) -> None:
+    assert await execute(parts, "object_add secret,id=s,data=hun,,ter2 x") == ""
+    assert parts.objects.secret_bytes("s").data == b"hun,ter2 x"
+    for line in ("qom-get /objects/s data", "qom-list /objects/s", "info qom-tree /objects"):
+        assert "ter2" not in await execute(parts, line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["stop", "cont", "c", "s", "system_powerdown", "info status", "info name", "info uuid", "info kvm"],
+)
+async def test_without_a_machine_there_is_no_run_state(parts: Parts, line: str) -> None:
+    assert await execute(parts, line) == f"unknown command: '{line}'\r\n"
+    usages = await execute(parts, "help") + await execute(parts, "info")
+    assert f"\n{line} " not in usages
+    assert "|s " not in usages
+
+
+async def test_a_descriptor_comes_with_the_line_that_names_it(parts: Parts, tmp_path: Path) -> None:
+    client = ClientDescriptors()
+    missing = "Error: No file descriptor supplied via SCM_RIGHTS\r\n"
+    assert await execute(parts, "getfd x", client) == missing
+    client.passed.put(os.open(tmp_path, os.O_RDONLY))
+    assert await execute(parts, "getfd x", client) == ""
+    assert "x" in client.named
+    assert await execute(parts, "closefd x", client) == ""
+    assert await execute(parts, "closefd x", client) == "Error: File descriptor named 'x' not found\r\n"
+
+
+async def test_help_tells_of_every_command_what_it_takes(parts: Parts) -> None:
+    for prefix, text in (("", await execute(parts, "help")), ("info ", await execute(parts, "info"))):
+        for line in text.splitlines():
+            name = line.removeprefix(prefix).split()[0].split("|")[0]
+            if name != "info":
+                assert await execute(parts, f"help {prefix}{name}") == f"{line}\r\n"
+    assert await execute(parts, "help info") == await execute(parts, "info")
+
+
+async def test_device_help_lists_models_and_properties(parts: Parts) -> None:
+    assert 'name "virtio-blk-pci", bus PCI, alias "virtio-blk"\r\n' in await execute(parts, "device_add help")
+    assert "  share-rw=<bool>\r\n" in await execute(parts, "device_add virtio-blk,help")
+    assert await execute(parts, "device_add nope,help") == "Device 'nope' not found\r\n"
+    assert "  secret\r\n" in await execute(parts, "object_add help")
+    assert "  data=<string>\r\n" in await execute(parts, "object_add secret,help")
+
+
+async def test_a_refused_line_changes_nothing(parts: Parts) -> None:
+    before = await execute(parts, "info qom-tree /") + await execute(parts, "info block -n -v")
+    for line in (
+        "device_add virtio-blk-pci,drive=n,id=e,queue-size=3",
+        "object_add iothread,id=i,poll-max-ns=-1",
+        "nbd_server_start -a unix:/nowhere/at/all",
+        "drive_del n2",
+        "snapshot_blkdev n",
+        "block_resize n 1M",
+    ):
+        assert await execute(parts, line), line
+    assert await execute(parts, "info qom-tree /") + await execute(parts, "info block -n -v") == before

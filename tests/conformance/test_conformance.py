@@ -5,6 +5,11 @@ Each file in ``cases/`` is one test.  It is played to QEMU and to qmpd by
 not listed, and on any listed step that does not differ any more: the list can
 only shrink.  A step's key in the list is its number or a range ("4-7").
 
+Each is played to the program of ours that has the reference's command line.
+Conversations about devices are played to the storage daemon as well (``styles``
+in the case), which takes them without a machine; what differs only there is
+listed under the case's name with " (storage)".
+
 Where QEMU itself is broken (``reference_broken``) there is nothing to compare:
 qmpd only has to live through the conversation.
 """
@@ -30,6 +35,11 @@ HERE: Final = Path(__file__).parent
 CHECKOUT: Final = HERE.parent.parent
 CASE_FILES: Final = sorted((HERE / "cases").glob("*.json"))
 REFERENCES: Final = {"storage": "qemu-storage-daemon", "system": "qemu-system-x86_64"}
+#: Our programs, by the command line that they have.
+CANDIDATES: Final = {
+    "storage": f"{sys.executable} -m qmpd",
+    "system": f"{sys.executable} -m qmpd.cli.system",
+}
 
 #: Cases played at a time.  Most of a case's time is waiting, or key derivation in one of the daemons.
 AT_A_TIME: Final = 2
@@ -64,10 +74,24 @@ def load_expected() -> dict[str, dict[int, str]]:
     return expected
 
 
+def styles(path: Path) -> list[str]:
+    """Name the command lines of ours behind which the case in *path* is played."""
+    case = json.loads(path.read_text(encoding="utf-8"))
+    return case.get("styles", [case["persona"]])
+
+
+#: What is played: a case, and a command line of ours.  The persona's own has the case's name as its id.
+PLAYS: Final = [
+    (path, style, path.stem if path.stem.startswith(f"{style}-") else f"{path.stem}-{style}")
+    for path in CASE_FILES
+    for style in styles(path)
+]
+
+
 def play(path: Path) -> tuple[Any, Results]:
-    """Play the case in *path* to qmpd, and to QEMU unless that is broken."""
+    """Play the case in *path* to qmpd, in all styles, and to QEMU unless that is broken."""
     case = qmpdiff.Case.load(path)
-    sides = {"qmpd": (f"{sys.executable} -m qmpd", "storage")}
+    sides = {style: (CANDIDATES[style], style) for style in styles(path)}
     if not case.reference_broken:
         sides["QEMU"] = (REFERENCES[case.persona], case.persona)
     return case, qmpdiff.run_case(case, sides, PATIENCE, keep=False)
@@ -101,19 +125,25 @@ def played(request: pytest.FixtureRequest) -> Iterator[Mapping[Path, Future[tupl
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.stem, marks=pytest.mark.peer(*needed_peers(path))) for path in CASE_FILES],
+    ("path", "style"),
+    [
+        pytest.param(path, style, id=id_, marks=pytest.mark.peer(*needed_peers(path)))
+        for path, style, id_ in PLAYS
+    ],
 )
-def test_conversation_is_the_same(path: Path, played: Mapping[Path, Future[tuple[Any, Results]]]) -> None:
+def test_conversation_is_the_same(
+    path: Path, style: str, played: Mapping[Path, Future[tuple[Any, Results]]]
+) -> None:
     case, results = played[path].result()
-    expected = load_expected().get(path.stem, {})
+    listed = load_expected()
+    expected = listed.get(path.stem, {}) | listed.get(f"{path.stem} ({style})", {})
     if case.reference_broken:
-        said = [message for messages in results["qmpd"] for message in messages]
+        said = [message for messages in results[style] for message in messages]
         assert qmpdiff.CLOSED not in said, "qmpd ended in the middle of the conversation"
         assert qmpdiff.TIMEOUT not in said, "qmpd fell silent"
         assert not expected, "a broken reference is not compared: nothing may be listed"
         return
-    differing = {found[0]: found for found in qmpdiff.differing_steps(case, results["QEMU"], results["qmpd"])}
+    differing = {found[0]: found for found in qmpdiff.differing_steps(case, results["QEMU"], results[style])}
     report = io.StringIO()
     with contextlib.redirect_stdout(report):
         for number in sorted(differing.keys() - expected.keys()):
@@ -126,7 +156,10 @@ def test_conversation_is_the_same(path: Path, played: Mapping[Path, Future[tuple
 
 
 def test_expected_differences_belong_to_cases() -> None:
-    steps = {path.stem: len(json.loads(path.read_text(encoding="utf-8"))["steps"]) for path in CASE_FILES}
+    steps = {}
+    for path, style, _ in PLAYS:
+        number = len(json.loads(path.read_text(encoding="utf-8"))["steps"])
+        steps[path.stem] = steps[f"{path.stem} ({style})"] = number
     for case, listed in load_expected().items():
         assert case in steps, f"{case} is no case"
         assert max(listed) <= steps[case], f"{case} has only {steps[case]} steps"

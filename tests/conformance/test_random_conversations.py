@@ -526,6 +526,86 @@ DEVICE_COMMANDS: Final[Commands] = (
 )
 
 
+# -- a machine
+
+#: Never power-off: a reset may mean that, and the process would end.
+ACTIONS: Final[Options] = {
+    "reboot": (0.5, ("reset", "reset", "reset", "shutdown", "poweroff", 1)),
+    "shutdown": (0.2, ("pause", "pause", "reset", None)),
+    "panic": (0.1, ("pause", "shutdown", "exit-failure", "none", "poweroff")),
+    "watchdog": (0.1, ("reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi", "")),
+    "bogus": (0.03, ANY_VALUES),
+}
+
+CAPABILITIES: Final = (
+    {"capability": "events", "state": True},
+    {"capability": "events", "state": False},
+    {"capability": "nope", "state": True},
+    {"capability": "events"},
+    {"state": True},
+    7,
+)
+
+IOTHREAD_IDS: Final = ("t0", "t1", "t2")
+IOTHREAD_NUMBERS: Final = (0, 1, 32768, -1, 1 << 63, "1", None)
+
+
+def with_id(command: str) -> Maker:
+    """Return the maker of a command without arguments, that has any id."""
+
+    def maker(source: Random) -> list[Step]:
+        sent: dict[str, Any] = {"execute": command}
+        if source.random() < 0.3:
+            sent["id"] = source.choice((1, "x", None, [1, 2], {"a": 1}, 1.5, True))
+        if source.random() < 0.05:
+            sent["arguments"] = source.choice(({"x": 1}, {}, [], 1, None))
+        return [{"cmd": sent}]
+
+    return maker
+
+
+MACHINE_COMMANDS: Final[Commands] = (
+    *((12, with_id(verb)) for verb in ("stop", "cont", "system_reset")),
+    (4, with_id("system_powerdown")),
+    (2, with_id("system_wakeup")),
+    (20, with_id("query-status")),
+    (12, with_options("set-action", ACTIONS)),
+    (1, with_options("watchdog-set-action", {"action": (0.9, ("none", "pause", "nope", 1))})),
+    (
+        3,
+        lambda source: [
+            step(
+                "migrate-set-capabilities",
+                {"capabilities": source.choices(CAPABILITIES, k=source.randint(0, 3))},
+            )
+        ],
+    ),
+    *(
+        (1, with_id(name))
+        for name in (
+            *("query-name", "query-uuid", "query-target", "query-cpus-fast", "query-hotpluggable-cpus"),
+            *("query-memory-devices", "query-memdev", "query-balloon", "query-tpm", "query-migrate"),
+            *("query-replay", "query-display-options", "query-current-machine", "migrate-pause"),
+            *("query-vm-generation-id", "query-block", "query-jobs", "query-nothing"),
+        )
+    ),
+    (
+        4,
+        with_options(
+            "object-add",
+            {
+                "qom-type": (1, ("iothread",)),
+                "id": (1, IOTHREAD_IDS),
+                "poll-max-ns": (0.3, IOTHREAD_NUMBERS),
+                "poll-grow": (0.2, IOTHREAD_NUMBERS),
+                "aio-max-batch": (0.2, IOTHREAD_NUMBERS),
+            },
+        ),
+    ),
+    (3, with_options("object-del", {"id": (0.95, (*IOTHREAD_IDS, "nope"))})),
+    (4, always("query-iothreads", unordered=True, ignore=["return[*].thread-id"])),
+)
+
 # -- playing
 
 
@@ -536,8 +616,11 @@ qmpdiff = load_qmpdiff()
 class Kind:
     """A kind of conversation.
 
-    :param persona: which command line QEMU gets; qmpd gets qemu-storage-daemon's.
+    :param persona: which command line QEMU gets.
     :param reference: the QEMU that it is held with.
+    :param style: which command line qmpd gets.
+    :param machine: the machine's type, where there is one.
+    :param with_events: events are compared too, and after which command they come.
     :param eventful: those commands of which it has some that QEMU accepts and some that it refuses.
     :param first: the steps before the random ones.
     """
@@ -548,7 +631,20 @@ class Kind:
     arguments: Sequence[str]
     eventful: Sequence[str]
     first: Sequence[Step] = ()
+    style: str = "storage"
+    machine: str = "pc"
+    with_events: bool = False
 
+
+#: What disks can be put on from the start.
+_DEVICE_ARGUMENTS: Final = (
+    *("--object", "iothread,id=t"),
+    *("--blockdev", f"null-co,node-name={LASTING_NODES[0]},size=1048576"),
+    *("--blockdev", f"null-co,node-name={LASTING_NODES[1]}"),
+    *("--blockdev", f"null-co,node-name={READ_ONLY_NODE},read-only=on"),
+)
+
+_EVENTFUL_FOR_DEVICES: Final = ("blockdev-add", "blockdev-del", "device_add", "device_del", "qom-get")
 
 KINDS: Final[Mapping[str, Kind]] = {
     "nodes": Kind(
@@ -562,17 +658,34 @@ KINDS: Final[Mapping[str, Kind]] = {
         "system",
         "qemu-system-x86_64",
         DEVICE_COMMANDS,
-        (
-            *("--object", "iothread,id=t"),
-            *("--blockdev", f"null-co,node-name={LASTING_NODES[0]},size=1048576"),
-            *("--blockdev", f"null-co,node-name={LASTING_NODES[1]}"),
-            *("--blockdev", f"null-co,node-name={READ_ONLY_NODE},read-only=on"),
-        ),
-        eventful=("blockdev-add", "blockdev-del", "device_add", "device_del", "qom-get"),
+        _DEVICE_ARGUMENTS,
+        eventful=_EVENTFUL_FOR_DEVICES,
         # qmpd has no /machine before its first device.
         first=[step("device_add", {"driver": "virtio-scsi-pci", "id": "s0"})],
     ),
+    "emulator": Kind(
+        "system",
+        "qemu-system-x86_64",
+        DEVICE_COMMANDS,
+        _DEVICE_ARGUMENTS,
+        eventful=_EVENTFUL_FOR_DEVICES,
+        style="system",
+    ),
+    # Of no type: firmware would reset it whenever it likes, and nobody notices the power button.
+    "machine": Kind(
+        "system",
+        "qemu-system-x86_64",
+        MACHINE_COMMANDS,
+        ("-no-shutdown", "-no-reboot"),
+        eventful=("cont", "set-action", "object-add", "object-del", "migrate-set-capabilities"),
+        style="system",
+        machine="none",
+        with_events=True,
+    ),
 }
+
+#: Our programs, by the command line that they have.
+CANDIDATES: Final = {"storage": f"{sys.executable} -m qmpd", "system": f"{sys.executable} -m qmpd.cli.system"}
 
 #: What each daemon finds in its directory; the LUKS volume comes from a file.
 SET_UP: Final = (
@@ -602,7 +715,7 @@ def case_of(kind: Kind, seed: int, volume: Path) -> Any:
     return qmpdiff.Case(
         name=f"seed {seed}",
         persona=kind.persona,
-        machine="pc",
+        machine=kind.machine,
         argv=list(kind.arguments),
         setup=[*SET_UP, f"cp '{volume}' whole.luks", f"head -c {CUT_BYTES} whole.luks > cut.luks"],
         steps=[*kind.first, *conversation(seed, kind.commands)],
@@ -623,7 +736,7 @@ def play(kind: Kind, seed: int, volume: Path) -> Played:
     """Hold a conversation with QEMU and with qmpd."""
     case = case_of(kind, seed, volume)
     sides = {
-        "qmpd": (f"{sys.executable} -m qmpd", "storage"),
+        "qmpd": (CANDIDATES[kind.style], kind.style),
         "QEMU": (kind.reference, kind.persona),
     }
     results = qmpdiff.run_case(case, sides, PATIENCE, keep=False)
@@ -715,13 +828,15 @@ def test_random_conversation_is_the_same(kind: str, seed: int | str, conversatio
             assert not ended, f"{again}: {name} {ended[0]} at {qmpdiff.describe(played.case.steps[index])}"
     end = comparable(played)
     reference, candidate = played.reference[:end], played.candidate[:end]
-    differing = qmpdiff.differing_steps(played.case, [*map(replies, reference)], [*map(replies, candidate)])
+    if not KINDS[kind].with_events:
+        reference, candidate = [*map(replies, reference)], [*map(replies, candidate)]
+    differing = qmpdiff.differing_steps(played.case, reference, candidate)
     report = io.StringIO()
     with contextlib.redirect_stdout(report):
         for found in differing[:3]:
             qmpdiff.print_diff(*found)
     assert not differing, f"{again}: {len(differing)} steps differ, -QEMU +qmpd\n{report.getvalue()}"
-    assert deletions(candidate) == deletions(reference), again
+    assert deletions(played.candidate[:end]) == deletions(played.reference[:end]), again
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -743,6 +858,6 @@ def test_commands_of_a_conversation_are_accepted_and_refused(
     outcomes: dict[str, set[str]] = {}
     for each, messages in zip(played.case.steps, played.reference, strict=True):
         (reply,) = replies(messages)
-        outcomes.setdefault(each["cmd"]["execute"], set()).update(reply)
+        outcomes.setdefault(each["cmd"]["execute"], set()).update(reply.keys() - {"id"})
     for command in KINDS[kind].eventful:
         assert outcomes[command] == {"return", "error"}, f"{command} in seed {seed}"

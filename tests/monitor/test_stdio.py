@@ -59,7 +59,7 @@ async def test_a_session_reads_and_writes_two_pipes_and_survives_the_end_of_inpu
     source, sink, ours_out, ours_in = pipes
     protocol = Recorder()
     streams = StandardStreams(protocol, source, sink)
-    await streams.start()
+    streams.start()
     assert os.read(ours_in, 100) == b"hello\n"
     os.write(ours_out, b"question")
     os.close(ours_out)
@@ -77,7 +77,7 @@ async def test_regular_files_will_do(tmp_path):
     protocol = Recorder()
     with questions.open("rb") as source, answers.open("wb") as sink:
         streams = StandardStreams(protocol, source.fileno(), sink.fileno())
-        await streams.start()
+        streams.start()
         await wait(protocol.ended)
         streams.close()
         await wait(protocol.lost)
@@ -89,7 +89,7 @@ async def test_a_reader_that_is_slow_is_waited_for(pipes):
     source, sink, _, ours_in = pipes
     protocol = Recorder()
     streams = StandardStreams(protocol, source, sink)
-    await streams.start()
+    streams.start()
     streams.write(b"x" * 1_000_000)
     assert protocol.paused == 1
     assert streams.get_write_buffer_size() > 800_000
@@ -112,7 +112,7 @@ async def test_a_reader_that_is_gone_ends_the_session(pipes):
     source, sink, _, ours_in = pipes
     protocol = Recorder()
     streams = StandardStreams(protocol, source, sink)
-    await streams.start()
+    streams.start()
     os.close(ours_in)
     streams.write(b"anybody?")
     await wait(protocol.lost)
@@ -123,7 +123,7 @@ async def test_the_descriptors_are_given_back_as_they_were(pipes):
     source, sink, _, _ = pipes
     protocol = Recorder()
     streams = StandardStreams(protocol, source, sink)
-    await streams.start()
+    streams.start()
     assert not os.get_blocking(source)
     streams.abort()
     assert os.get_blocking(source)

@@ -22,7 +22,7 @@ from typing import Any, Final
 import pytest
 from daemons import RunningDaemon
 
-from qmpd.qapi import load, schema_directory
+from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, load, schema_directory
 
 Entity = Mapping[str, Any]
 
@@ -33,6 +33,8 @@ CHAINS: Final = "is about compression and bitmaps, which no driver of ours has"
 THROTTLING: Final = "belongs to the throttle driver, which is not there yet"
 PRIMITIVES: Final = "is not offered by the cryptography library, or is no mode for a disk"
 ORNAMENT: Final = "would have no effect"
+MIGRATION: Final = "is about migration, of which there is none"
+ABSENT: Final = "is about a processor or a device of a machine, of which there is none"
 OURS: Final = "is an extension, and named as one"
 
 _RATES: Final = (
@@ -102,6 +104,47 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ("query-named-block-nodes ->[].image.format-specific.type", "rbd vmdk", LATER),
 )
 
+#: The same for the commands that only the emulator has.
+ONLY_QEMU_EMULATOR: Final[tuple[tuple[str, str, str], ...]] = (
+    (
+        "migrate-set-capabilities.capabilities[].capability",
+        "auto-converge background-snapshot dirty-bitmaps dirty-limit late-block-activate mapped-ram multifd "
+        "pause-before-switchover postcopy-blocktime postcopy-preempt postcopy-ram rdma-pin-all release-ram "
+        "return-path switchover-ack validate-uuid x-colo x-ignore-shared xbzrle zero-blocks zero-copy-send",
+        MIGRATION,
+    ),
+    (
+        "query-migrate ->",
+        "cpu-throttle-percentage dirty-limit-ring-full-time dirty-limit-throttle-time-per-round downtime "
+        "error-desc expected-downtime postcopy-blocktime postcopy-vcpu-blocktime ram setup-time "
+        "socket-address status total-time vfio xbzrle-cache",
+        MIGRATION,
+    ),
+    (
+        "query-target ->.arch",
+        "aarch64 alpha arm avr hppa i386 loongarch64 m68k microblaze microblazeel mips mips64 mips64el "
+        "mipsel or1k ppc ppc64 riscv32 riscv64 rx s390x sh4 sh4eb sparc sparc64 tricore xtensa xtensaeb",
+        ABSENT,
+    ),
+    ("query-cpus-fast ->[]", "<s390x>", ABSENT),
+    ("query-cpus-fast ->[].props", "book-id cluster-id drawer-id module-id", ABSENT),
+    (
+        "query-display-options ->",
+        "<curses> <dbus> <egl-headless> <gtk> <sdl> full-screen gl show-cursor window-close",
+        ABSENT,
+    ),
+    ("query-display-options ->.type", "curses dbus default egl-headless gtk sdl spice-app", ABSENT),
+    (
+        "query-memory-devices ->[]",
+        "<dimm> <hv-balloon> <nvdimm> <sgx-epc> <virtio-mem> <virtio-pmem>",
+        ABSENT,
+    ),
+    ("query-memory-devices ->[].type", "hv-balloon nvdimm sgx-epc virtio-mem virtio-pmem", ABSENT),
+    ("query-replay ->.mode", "play record", ABSENT),
+    ("query-tpm ->[].options", "<emulator> <passthrough>", ABSENT),
+    ("query-tpm-models ->[]", "tpm-spapr", ABSENT),
+)
+
 LUKS2: Final = "is of LUKS2, which QEMU has not"
 
 #: (place, members or values that only qmpd has there, why).
@@ -145,10 +188,15 @@ OPTIONAL_HERE: Final[Mapping[str, str]] = {
 #: Commands and events that one of QEMU's two programs has and the other has not.
 OF_THE_MACHINE: Final = frozenset(
     {
+        "add-fd",
         "block-latency-histogram-set",
+        "closefd",
         "device_add",
         "device_del",
+        "getfd",
         "human-monitor-command",
+        "query-fdsets",
+        "remove-fd",
         "system_reset",
         "DEVICE_DELETED",
         "RESET",
@@ -257,8 +305,8 @@ class Comparison:
         return entity["meta-type"], entity.get("json-type", "")
 
 
-def own_introspection() -> dict[str, Entity]:
-    return {entity["name"]: entity for entity in load(schema_directory()).introspection()}
+def own_introspection(file: str = STORAGE_SCHEMA) -> dict[str, Entity]:
+    return {entity["name"]: entity for entity in load(schema_directory(), file).introspection()}
 
 
 def excused(table: tuple[tuple[str, str, str], ...]) -> set[tuple[str, str]]:
@@ -317,14 +365,34 @@ def emulator_introspection() -> dict[str, Entity]:
     return {entity["name"]: entity for entity in replies[1]}
 
 
+@pytest.fixture(scope="module")
+def emulators() -> Comparison:
+    """Our emulator's introspection beside that of qemu-system-x86_64, nothing compared yet."""
+    return Comparison(own_introspection(SYSTEM_SCHEMA), emulator_introspection())
+
+
 @pytest.mark.peer("qemu-system-x86_64")
-def test_commands_of_the_machine_look_the_same() -> None:
+def test_commands_of_the_machine_look_the_same(emulators: Comparison) -> None:
     """The commands that qemu-storage-daemon lacks are compared with the emulator's."""
-    theirs = emulator_introspection()
-    comparison = Comparison(own_introspection(), theirs)
+    comparison = Comparison(own_introspection(), emulators.theirs)
     for name in sorted(OF_THE_MACHINE):
         comparison.command_or_event(name)
     assert comparison.wrong == []
     assert comparison.only_theirs == set()
+    assert comparison.only_ours == set()
+    assert comparison.optional_here == set()
+
+
+@pytest.mark.peer("qemu-system-x86_64")
+def test_commands_of_the_emulator_look_the_same(emulators: Comparison) -> None:
+    """What the storage daemon's schema has not is compared with the emulator's."""
+    comparison = Comparison(emulators.ours, emulators.theirs)
+    both = own_introspection()
+    for name, entity in comparison.ours.items():
+        if entity["meta-type"] in ("command", "event") and name not in both:
+            assert name in comparison.theirs, f"{name} is no command or event of QEMU's"
+            comparison.command_or_event(name)
+    assert comparison.wrong == []
+    assert comparison.only_theirs == excused(ONLY_QEMU_EMULATOR)
     assert comparison.only_ours == set()
     assert comparison.optional_here == set()

@@ -7,10 +7,10 @@ from typing import Final
 
 import pytest
 
-from qmpd.qapi import load, schema_directory
+from qmpd.qapi import SYSTEM_SCHEMA, load, schema_directory
 from qmpd.qapi.types import BUILTINS, QTYPE, AlternateType, EnumType, ObjectType
 
-SCHEMA: Final = load(schema_directory())
+SCHEMA: Final = load(schema_directory(), SYSTEM_SCHEMA)
 FILES: Final = sorted(Path(schema_directory()).glob("*.json"))
 
 

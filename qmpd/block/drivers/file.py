@@ -9,6 +9,7 @@ cache, and only ragged ends through it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -22,6 +23,7 @@ from qmpd.block.file_locks import ImageLocks, is_supported
 from qmpd.block.node import SECTOR, BlockStatus, Data, Extent, Node, NotSupported
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission
+from qmpd.descriptors import PREFIX, FdSets
 from qmpd.errors import Error
 
 if TYPE_CHECKING:
@@ -36,17 +38,42 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 #: Preallocation in full is written in pieces of this many bytes.
 _PIECE = 1 << 20
 
+#: What every file is opened with.
+_OPEN_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
-def open_regular(filename: str, flags: int) -> int:
-    """A descriptor of a regular file; never waits for a FIFO's other end.
 
+def open_regular(fdsets: FdSets, filename: str, flags: int, *, same_as: int | None = None) -> int:
+    """A descriptor of a regular file, which :meth:`FdSets.close` closes; never waits for a FIFO's other end.
+
+    :param filename: also of a set (`/dev/fdset/N`).
+    :param flags: as for open(2).
+    :param same_as: a descriptor of the file that it has to be, which matters for a set.
     :raise OSError: as open(2).
-    :raise Error: if it is no regular file.
+    :raise Error: if it is no regular file, or can't be written to as a disk is.
     """
-    descriptor = os.open(filename, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    if filename.startswith(PREFIX):
+        descriptor = open_passed(fdsets, filename, flags, same_as=same_as)
+    else:
+        descriptor = os.open(filename, flags | _OPEN_FLAGS)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+        fdsets.close(descriptor)
         raise Error(f"'file' driver requires '{filename}' to be a regular file")
+    return descriptor
+
+
+def open_passed(fdsets: FdSets, filename: str, flags: int, *, same_as: int | None = None) -> int:
+    """A copy of a descriptor of a set, which :meth:`FdSets.close` closes.
+
+    :param filename: `/dev/fdset/N`.
+    :param flags: as for open(2).
+    :param same_as: a descriptor of the file that it has to be.
+    :raise Error: if there is none that fits, or it can't be written to as a disk is.
+    """
+    descriptor = fdsets.open(filename, flags, same_as=same_as)
+    if flags & os.O_ACCMODE != os.O_RDONLY and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
+        # pwrite(2): the system would not care for the offset.
+        fdsets.close(descriptor)
+        raise Error(f"'{filename}' can only be appended to: it was opened with O_APPEND")
     return descriptor
 
 
@@ -81,12 +108,6 @@ def resize(descriptor: int, size: int, preallocation: str) -> None:
             os.ftruncate(descriptor, current)
             raise Error(f"Could not preallocate data for the new file: {error.strerror}") from None
         raise Error(f"Could not resize file: {error.strerror}") from None
-
-
-def _close(*descriptors: int) -> None:
-    for descriptor in descriptors:
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 class FileNode(Node):
@@ -124,7 +145,10 @@ class FileNode(Node):
         self._writable = writable
         if self._shall_lock(self.options.get("locking", "auto")):
             self._lock_descriptor = os.dup(self._descriptor)
-            self._locks = ImageLocks(self._lock_descriptor, self._filename)
+            if self._was_passed:
+                self._locks = self.graph.passed_locks.join(self._lock_descriptor, self._filename)
+            else:
+                self._locks = ImageLocks(self._lock_descriptor, self._filename)
         self._size = os.fstat(self._descriptor).st_size
 
     def _shall_lock(self, locking: str) -> bool:
@@ -153,19 +177,29 @@ class FileNode(Node):
             raise Error(f"Could not reopen file: {error.strerror}") from None
         old = self._descriptor, self._direct_descriptor
         change.on_failure(self._go_back, *old, self._writable)
-        change.on_success(_close, *old)
+        change.on_success(self._close, *old)
         self._descriptor, self._direct_descriptor = new
         self._writable = writable
 
     def _go_back(self, descriptor: int, direct_descriptor: int, writable: bool) -> None:
-        _close(self._descriptor, self._direct_descriptor)
+        self._close(self._descriptor, self._direct_descriptor)
         self._descriptor, self._direct_descriptor = descriptor, direct_descriptor
         self._writable = writable
+
+    def _close(self, *descriptors: int) -> None:
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                self.graph.fdsets.close(descriptor)
+
+    @property
+    def _was_passed(self) -> bool:
+        """Whether somebody else has opened the file."""
+        return self._filename.startswith(PREFIX)
 
     @property
     def _same_file(self) -> str:
         """A name of the file that is open: its own may mean another one by now, which is not locked."""
-        return f"/proc/self/fd/{self._descriptor}"
+        return self._filename if self._was_passed else f"/proc/self/fd/{self._descriptor}"
 
     def _open_descriptors(self, writable: bool) -> tuple[int, int]:
         """A descriptor through the page cache, and with `cache.direct` one past it (else -1)."""
@@ -176,17 +210,27 @@ class FileNode(Node):
 
     def _try_open(self, filename: str, writable: bool) -> tuple[int, int]:
         flags = os.O_RDWR if writable else os.O_RDONLY
-        descriptor = open_regular(filename, flags)
+        fdsets = self.graph.fdsets
+        same_as = self._descriptor if self._descriptor >= 0 else None
+        if not self.node_options.direct:
+            return open_regular(fdsets, filename, flags, same_as=same_as), -1
+        direct = open_regular(fdsets, filename, flags | os.O_DIRECT, same_as=same_as)
         try:
-            direct = open_regular(filename, flags | os.O_DIRECT) if self.node_options.direct else -1
+            if self._was_passed:
+                # Who passes one with O_DIRECT, as QEMU wants it, need not know that here it takes two.
+                return open_regular(fdsets, f"/proc/self/fd/{direct}", flags), direct
+            return open_regular(fdsets, filename, flags), direct
         except BaseException:
-            os.close(descriptor)
+            fdsets.close(direct)
             raise
-        return descriptor, direct
 
     async def close(self) -> None:
-        """Close the descriptors, which gives back the locks."""
-        _close(self._descriptor, self._direct_descriptor, self._lock_descriptor, *self._retired)
+        """Close the descriptors and give back the locks."""
+        if self._locks is not None and self._was_passed:
+            self.graph.passed_locks.leave(self._locks)
+        self._locks = None
+        self._close(self._descriptor, self._direct_descriptor, self._lock_descriptor, *self._retired)
+        self._retired.clear()
         self._descriptor = self._direct_descriptor = self._lock_descriptor = -1
 
     # -- permissions are locks
@@ -420,28 +464,47 @@ async def create(graph: Graph, options: Mapping[str, Any]) -> None:
     :param options: BlockdevCreateOptions, validated, in QAPI's names.
     :raise Error: what went wrong.
     """
-    await graph.in_io_thread(_create_file, options)
+    filename = options["filename"]
+    if not filename.startswith(PREFIX):
+        await graph.in_io_thread(_create_file, options)
+        return
+    _check_preallocation(options)
+    descriptor = open_passed(graph.fdsets, filename, os.O_RDWR | os.O_CREAT)
+    try:
+        locks = graph.passed_locks.join(descriptor, filename)
+        try:
+            await graph.in_io_thread(_make_contents, descriptor, locks, options)
+        finally:
+            graph.passed_locks.leave(locks)
+    finally:
+        graph.fdsets.close(descriptor)
 
 
 def _create_file(options: Mapping[str, Any]) -> None:
-    filename, size = options["filename"], options["size"]
-    preallocation = options.get("preallocation", "off")
-    if preallocation not in ("off", "falloc", "full"):
-        raise Error(f"Unsupported preallocation mode: {preallocation}")
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    filename = options["filename"]
+    _check_preallocation(options)
     try:
-        descriptor = os.open(filename, flags, 0o644)
+        descriptor = os.open(filename, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
     except OSError as error:
         raise Error(f"Could not create '{filename}': {error.strerror}") from None
     try:
-        if is_supported(descriptor):
-            locks = ImageLocks(descriptor, filename)
-            locks.prepare(creation.PERMISSIONS, Permission.everything() & ~Permission.RESIZE)
-        resize(descriptor, 0, "off")
-        if options.get("nocow"):
-            allocation.ask_no_copy_on_write(descriptor)
-        if options.get("extent-size-hint"):
-            allocation.hint_extent_size(descriptor, options["extent-size-hint"])
-        resize(descriptor, size, preallocation)
+        _make_contents(descriptor, ImageLocks(descriptor, filename), options)
     finally:
         os.close(descriptor)
+
+
+def _check_preallocation(options: Mapping[str, Any]) -> None:
+    preallocation = options.get("preallocation", "off")
+    if preallocation not in ("off", "falloc", "full"):
+        raise Error(f"Unsupported preallocation mode: {preallocation}")
+
+
+def _make_contents(descriptor: int, locks: ImageLocks, options: Mapping[str, Any]) -> None:
+    if is_supported(descriptor):
+        locks.prepare(creation.PERMISSIONS, Permission.everything() & ~Permission.RESIZE)
+    resize(descriptor, 0, "off")
+    if options.get("nocow"):
+        allocation.ask_no_copy_on_write(descriptor)
+    if options.get("extent-size-hint"):
+        allocation.hint_extent_size(descriptor, options["extent-size-hint"])
+    resize(descriptor, options["size"], options.get("preallocation", "off"))

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import ssl
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from time import perf_counter
@@ -172,8 +173,11 @@ class NBDServer:
 
     async def _listen_fd(self, address: Mapping[str, Any]) -> None:
         name: str = address["str"]
-        number = descriptor_number(name)
+        passed: int | None = address.get("descriptor")
+        number = descriptor_number(name) if passed is None else passed
         try:
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                raise OSError
             # If it can't be used, it stays as it is.
             listener = socket.socket(fileno=os.dup(number))
         except OSError:
@@ -184,8 +188,9 @@ class NBDServer:
             listener.listen(_BACKLOG)
         except OSError as error:
             raise Error(f"Failed to listen on fd socket: {error.strerror}") from None
-        # From now on it is the server's, and nobody listens there any more when that has stopped.
-        os.close(number)
+        if passed is None:
+            # From now on it is the server's, and nobody listens there any more when that has stopped.
+            os.close(number)
 
     # -- clients
 

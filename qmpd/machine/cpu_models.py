@@ -1,0 +1,53 @@
+"""The models of processors: names, and no processor behind any of them.
+
+A domain of libvirt's has one of them in its description, written there by libvirt
+itself when the domain was made for QEMU, and libvirt starts no domain whose model
+the emulator does not know.  ``qemu64`` is what QEMU has if none is asked for.
+``max``, which means all that there is, makes the modes ``maximum`` and ``host-model``
+work: libvirt 11.3 asks what it has before it is asked for anything, and crashes when
+it starts a domain of the mode ``host-model`` without an answer.
+
+They have no properties, so that features that are switched on or off with a model
+are accepted and make no difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from qmpd.errors import Error
+
+MODELS: Final = ("max", "qemu64")
+
+#: What `query-cpu-model-expansion` calls a model that never changes.
+_STATIC: Final = "base"
+
+
+def definitions() -> list[dict[str, Any]]:
+    """What `query-cpu-definitions` answers (CpuDefinitionInfo)."""
+    return [
+        {
+            "name": name,
+            "typename": f"{name}-x86_64-cpu",
+            "unavailable-features": [],
+            "static": False,
+            "migration-safe": name != "max",
+            "deprecated": False,
+        }
+        for name in MODELS
+    ]
+
+
+def expansion(kind: str, model: dict[str, Any]) -> dict[str, Any]:
+    """What `query-cpu-model-expansion` answers (CpuModelExpansionInfo): that there is nothing.
+
+    :param kind: CpuModelExpansionType.
+    :param model: CpuModelInfo.
+    :raise Error: if there is no such model, or it is not described by an object.
+    """
+    if not isinstance(model.get("props", {}), dict):
+        raise Error("Invalid parameter type for 'model.props', expected: object")
+    name = model["name"]
+    if name not in MODELS:
+        raise Error(f"CPU model '{name}' not found")
+    return {"model": {"name": _STATIC if kind == "static" else name, "props": {}}}
