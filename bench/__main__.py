@@ -1,8 +1,8 @@
 """``python -m bench``: qmpd beside its peers, as Markdown tables.
 
-The suites are the monitor (bench/monitor.py), the data path
-(bench/data_path.py), unlocking (bench/unlock.py) and the sectors of LUKS2
-payloads (bench/sectors.py).  With --write their results also go into the
+The suites are the start (bench/start.py), the monitor (bench/monitor.py), the
+data path (bench/data_path.py), unlocking (bench/unlock.py) and the sectors of
+LUKS2 payloads (bench/sectors.py).  With --write their results also go into the
 documents.
 """
 
@@ -16,13 +16,23 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
 
-from bench import data_path, document, monitor, sectors, unlock
+from bench import data_path, document, monitor, sectors, start, unlock
 from bench.chains import CHAINS, NBDKIT
 from bench.nbd_servers import nbdkit
-from bench.servers import QMPD, STORAGE_DAEMON, Program, qmpd, storage_daemon
+from bench.servers import (
+    QEMU_SYSTEM,
+    QMPD,
+    QMPD_SYSTEM,
+    STORAGE_DAEMON,
+    Program,
+    qemu_system,
+    qmpd,
+    qmpd_system,
+    storage_daemon,
+)
 from bench.table import machine
 
-SUITES: Final = ("monitor", "data-path", "unlock", "sectors")
+SUITES: Final = ("start", "monitor", "data-path", "unlock", "sectors")
 
 #: The peers in the order of the tables' columns; qmpd comes last.
 PEERS: Final = (STORAGE_DAEMON, NBDKIT)
@@ -42,6 +52,8 @@ def main() -> int:
     if arguments.write and (missing or arguments.program):
         print("Nothing is written: the documents have comparisons with all of them.\n")
         arguments.write = False
+    if "start" in arguments.only:
+        run_start(programs, arguments)
     if "monitor" in arguments.only:
         run_monitor(programs, arguments)
     if "data-path" in arguments.only:
@@ -87,6 +99,25 @@ def parse() -> argparse.Namespace:
     if arguments.write and arguments.quick:
         parser.error("--quick gives no numbers that are worth writing")
     return arguments
+
+
+def run_start(programs: Sequence[Program], arguments: argparse.Namespace) -> None:
+    """Compare the starts of the storage daemons, and of the emulators."""
+    peer = qemu_system()
+    emulators = [*([] if peer is None else [peer]), qmpd_system()]
+    storage_daemons = [program for program in programs if program.name != NBDKIT]
+    settings = start.QUICK if arguments.quick else start.Settings()
+    if arguments.rounds is not None:
+        settings = replace(settings, rounds=arguments.rounds)
+    samples = start.run(storage_daemons, emulators, settings)
+    peers = [program.name for program in storage_daemons if program.name != QMPD]
+    table = samples.markdown(QMPD, peers, spread=True)
+    system_table = samples.markdown(QMPD_SYSTEM, [QEMU_SYSTEM] if peer else [], spread=True)
+    used = machine(versions([*storage_daemons, *([peer] if peer else [])]), used="all used")
+    table = f"{table}\n\n{system_table}\n\n{used} {settings.rounds} rounds."
+    print(f"## The start\n\n{table}\n", flush=True)
+    if arguments.write:
+        document.write_start(table)
 
 
 def run_monitor(programs: Sequence[Program], arguments: argparse.Namespace) -> None:

@@ -44,6 +44,11 @@ def write_monitor(table: str) -> None:
     _write(README, "monitor", table)
 
 
+def write_start(tables: str) -> None:
+    """Put the tables of starts into docs/benchmarks.md."""
+    _write(BENCHMARKS, "start", tables)
+
+
 def write_unlock(table: str) -> None:
     """Put the table of unlocking into docs/benchmarks.md."""
     _write(BENCHMARKS, "unlock", table)

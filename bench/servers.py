@@ -23,17 +23,27 @@ PATIENCE: Final = 30.0
 #: What the tables call the programs.
 QMPD: Final = "qmpd"
 STORAGE_DAEMON: Final = "qemu-storage-daemon"
+QMPD_SYSTEM: Final = "qmpd-system-x86_64"
+QEMU_SYSTEM: Final = "qemu-system-x86_64"
+
+#: An emulator with nothing in it, as libvirt starts it to ask questions.
+_EMPTY_MACHINE: Final = (
+    *("-S", "-no-user-config", "-nodefaults", "-nographic"),
+    *("-machine", "none,accel=kvm:tcg"),
+)
 
 
 @dataclass(frozen=True)
 class Program:
-    """A daemon with qemu-storage-daemon's command line.
+    """A daemon with the command line of qemu-storage-daemon or of an emulator.
 
     :param command: the words that start it, before any option.
+    :param monitor: what its option for a monitor is called.
     """
 
     name: str
     command: Sequence[str]
+    monitor: str = "--monitor"
 
     def version(self) -> str:
         """Return the version that the program itself says."""
@@ -51,6 +61,18 @@ def storage_daemon() -> Program | None:
     """Return qemu-storage-daemon, or None where it is not installed."""
     path = shutil.which(STORAGE_DAEMON)
     return None if path is None else Program(STORAGE_DAEMON, (path,))
+
+
+def qmpd_system() -> Program:
+    """Return the emulator that qmpd is, without a machine, as this interpreter runs it."""
+    command = (sys.executable, "-m", "qmpd.cli.system", *_EMPTY_MACHINE)
+    return Program(QMPD_SYSTEM, command, "-mon")
+
+
+def qemu_system() -> Program | None:
+    """Return QEMU's emulator without a machine, or None where it is not installed."""
+    path = shutil.which(QEMU_SYSTEM)
+    return None if path is None else Program(QEMU_SYSTEM, (path, *_EMPTY_MACHINE), "-mon")
 
 
 @dataclass(frozen=True)
@@ -88,8 +110,8 @@ def running(program: Program) -> Iterator[Server]:
                 *program.command,
                 "--chardev",
                 f"socket,id=mon,path={path},server=on,wait=off",
-                "--monitor",
-                "chardev=mon",
+                program.monitor,
+                "chardev=mon,mode=control",
             ]
         )
         try:

@@ -113,13 +113,15 @@ class Samples:
     def markdown(self, ours: str, peers: Sequence[str], *, spread: bool = False) -> str:
         """Return the table: each program's median, then the ratios of ours to each peer's.
 
-        A figure with an aim has it in brackets behind it, with a mark.
+        A figure with an aim has it in brackets behind it, with a mark.  A row of other programs is left out.
 
         :param spread: show the least and the greatest value behind each median.
         """
         programs = [*peers, ours]
         lines = [["", *programs, *(f"{ours} / {peer}" for peer in peers)]]
         for row in self.rows():
+            if not any(self.values(row, program) for program in programs):
+                continue
             verdicts = {verdict.aim.peer: verdict for verdict in self.verdicts(ours) if verdict.row == row}
             line = [f"{row.title} ({row.unit})"]
             for program in programs:

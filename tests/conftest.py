@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Final
 
 import hypothesis
 import peers
@@ -12,6 +13,21 @@ import pytest
 from daemons import QMPD, STORAGE_DAEMON, RunningDaemon
 
 StartDaemon = Callable[..., RunningDaemon]
+
+#: Files that take long, the longest first.  Where several processes share the files (.ci/run) these are begun
+#: with: none is left for the end, when the other processes have nothing more to do.
+LONGEST: Final = (
+    "conformance/test_conformance.py",
+    "interop/test_keyslots.py",
+    "interop/test_amend_answers.py",
+    "stress/test_disks_under_load.py",
+    "faults/test_keyslots_killed.py",
+    "readme/test_readme.py",
+    "interop/test_lock_matrix.py",
+    "bench/test_data_path.py",
+    "bench/test_unlock.py",
+    "cli/test_like_qemu_storage_daemon.py",
+)
 
 # How long an example takes says more about the machine than about us.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -21,6 +37,12 @@ hypothesis.settings.load_profile("untimed")
 def pytest_configure(config: pytest.Config) -> None:
     """Let the tests' own subprocesses find cryptsetup where Debian puts it."""
     os.environ["PATH"] = peers.search_path()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take long in front; the others stay in their order."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -119,7 +119,8 @@ def _become(arguments: list[str], directory: str, *streams: str) -> list[str]:
 
 def _program(program: str, descriptor: str) -> int:
     # What takes so long.  Not numpy, which starts threads that a fork would lose.
-    import qmpd.cli.serve  # noqa: F401
+    import qmpd.cli.serve
+    import qmpd.qapi.validation  # noqa: F401
 
     main = import_module(program).main
     given = serve(socket.socket(fileno=int(descriptor)))

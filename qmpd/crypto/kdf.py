@@ -29,7 +29,7 @@ MIN_ITERATIONS: Final = 1000
 #: above what any ``iter-time`` that a person would wait for gives.  None is made with more either.
 MAX_ITERATIONS: Final = 1_000_000_000
 
-#: A measurement shorter than this (in seconds of processor time) says too little.
+#: A measurement is no shorter than this (in seconds of processor time), or than what is to be filled.
 _MEASURED_SECONDS: Final = 0.02
 _MEASUREMENTS: Final = 8
 #: For these QEMU's library needs up to a tenth less time, with the processor's instructions for them.  A key
@@ -70,7 +70,7 @@ def calibrating(hash_name: str, milliseconds: int, key_bytes: int, *, share: int
     What is measured is this thread's processor time, as QEMU does it, so that
     a busy machine does not make keys weaker, and of several measurements the
     fastest counts, because whatever disturbs one only slows it.  The result is
-    never below :data:`MIN_ITERATIONS`.  Takes some tenths of a second.
+    never below :data:`MIN_ITERATIONS`.  Takes some tenths of a second, and less for a short time.
 
     :param share: divides the time.
     :raise Error: no such hash; or more than :data:`MAX_ITERATIONS`, which nobody could open.
@@ -81,17 +81,18 @@ def calibrating(hash_name: str, milliseconds: int, key_bytes: int, *, share: int
         pbkdf2(hash_name, b"password", b"salt" * 8, iterations, key_bytes)
         return time.thread_time() - start
 
+    # QEMU takes it for an unsigned number and says what it would be multiplied with.
+    milliseconds &= _UINT64_MAX
+    enough = min(_MEASURED_SECONDS, milliseconds / 1000)
     yield
     iterations = 1 << 13
-    while (seconds := measured(iterations)) < _MEASURED_SECONDS:
+    while (seconds := measured(iterations)) < enough:
         yield
         iterations *= 2
     for _ in range(_MEASUREMENTS - 1):
         yield
         seconds = min(seconds, measured(iterations))
     rate = int(iterations / seconds * _MARGIN.get(hash_name, 1))
-    # QEMU takes it for an unsigned number and says what it would be multiplied with.
-    milliseconds &= _UINT64_MAX
     if rate * milliseconds > _UINT64_MAX:
         raise Error(f"PBKDF iterations {rate} too large to scale: {os.strerror(errno.ERANGE)}")
     wanted = rate * milliseconds // 1000 // share

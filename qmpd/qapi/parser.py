@@ -16,22 +16,33 @@ generator", section "The QAPI schema language".
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 
-class Location(NamedTuple):
-    """A place in a schema file; line and column count from 1."""
+class Location:
+    """A place in a schema file.
 
-    file: str
-    line: int
-    column: int
+    Places are wanted only for errors, so this is no more than a token's number until somebody looks.
+    """
+
+    __slots__ = ("_number", "_text")
+
+    def __init__(self, text: _Text, number: int) -> None:
+        self._text = text
+        self._number = number
+
+    @property
+    def file(self) -> str:
+        """The file's path, or what else a text is called."""
+        return self._text.name
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        line, column = self._text.line_and_column(self._number)
+        return f"{self.file}:{line}:{column}"
 
 
 class SchemaError(Exception):
@@ -48,69 +59,85 @@ class SchemaError(Exception):
 
 
 class _Text:
-    """A file's text, which turns an offset into a place.
+    """A file's text as tokens, strings all of them, which tell what they are by their first character.
 
-    Places are wanted only for errors, so tables keep offsets.
+    The last one is the empty string at the end of the text.
     """
 
-    def __init__(self, name: str, text: str) -> None:
-        self._name = name
-        self._starts = [0, *(match.end() for match in re.finditer("\n", text))]
+    def __init__(self, name: str, characters: str) -> None:
+        self.name = name
+        self.tokens: list[str] = _TOKEN.findall(characters)
+        self._characters = characters
 
-    def location(self, offset: int) -> Location:
-        line = bisect_right(self._starts, offset)
-        return Location(self._name, line, offset - self._starts[line - 1] + 1)
+    def line_and_column(self, number: int) -> tuple[int, int]:
+        """Return where a token begins; both count from 1."""
+        before = self._characters[: self._offset(number)]
+        return before.count("\n") + 1, len(before) - before.rfind("\n")
+
+    def fault(self, number: int) -> str | None:
+        """Return what is wrong with a token itself; None if it is one of the language."""
+        if self.tokens[number] == "#":
+            return "documentation comment must end with '##'"
+        if self.tokens[number] == "'":
+            if _CLOSED.match(self._characters, self._offset(number)):
+                return "a string holds printable ASCII without backslash"
+            return "missing closing quote"
+        if _STRAY.fullmatch(self.tokens[number]):
+            return f"stray {self.tokens[number]!r}"
+        return None
+
+    def _offset(self, number: int) -> int:
+        return next(islice(_TOKEN.finditer(self._characters), number, None)).start(1)
 
 
 class Table(dict[str, Any]):
     """An object of the schema language that knows where it and its keys stand."""
 
-    __slots__ = ("_offset", "_offsets", "_text")
+    __slots__ = ("_number", "_numbers", "_text")
 
-    def __init__(self, text: _Text, offset: int) -> None:
+    def __init__(self, text: _Text, number: int) -> None:
         super().__init__()
         self._text = text
-        self._offset = offset
-        self._offsets: dict[str, int] = {}
+        self._number = number
+        self._numbers: dict[str, int] = {}
 
-    def place(self, key: str, offset: int) -> None:
-        """Remember where a key stands."""
-        self._offsets[key] = offset
+    def place(self, key: str, number: int) -> None:
+        """Remember which token a key is."""
+        self._numbers[key] = number
 
     @property
     def location(self) -> Location:
         """The place of the opening brace."""
-        return self._text.location(self._offset)
+        return Location(self._text, self._number)
 
     def where(self, key: str) -> Location:
         """Return the place of a key, or of the table if it has no such key."""
-        return self._text.location(self._offsets.get(key, self._offset))
+        return Location(self._text, self._numbers.get(key, self._number))
 
 
 class Sequence(list[Any]):
     """A list of the schema language that knows where its elements stand."""
 
-    __slots__ = ("_offsets", "_text")
+    __slots__ = ("_numbers", "_text")
 
     def __init__(self, text: _Text) -> None:
         super().__init__()
         self._text = text
-        self._offsets: list[int] = []
+        self._numbers: list[int] = []
 
-    def place(self, offset: int) -> None:
-        """Remember where the element that is appended next stands."""
-        self._offsets.append(offset)
+    def place(self, number: int) -> None:
+        """Remember the first token of the element that is appended next."""
+        self._numbers.append(number)
 
     def where(self, index: int) -> Location:
         """Return the place of an element."""
-        return self._text.location(self._offsets[index])
+        return Location(self._text, self._numbers[index])
 
 
-@dataclass(frozen=True, slots=True)
-class Documentation:
+class Documentation(NamedTuple):
     """A documentation comment.
 
-    :param symbol: the definition that it names in its first line, or ''.
+    :param symbol: the definition that it names in its first line.
     :param body: the text up to the first described member or section.
     :param members: the text of each described member or feature.
     """
@@ -121,8 +148,7 @@ class Documentation:
     members: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Expression:
+class Expression(NamedTuple):
     """One definition: ``kind`` is 'struct', 'command' ... and ``table`` all that was written."""
 
     kind: str
@@ -186,132 +212,98 @@ _PRAGMA_LISTS: Final = frozenset(
     }
 )
 
+#: One token, after space and the comments that document nothing.  A string may hold printable ASCII except
+#: the backslash: names need no more.  A character that begins no token is one by itself, so nothing is passed
+#: over; so is the quote of a faulty string, and the first '#' of a documentation comment without an end.
 _TOKEN: Final = re.compile(
     r"""
-      (?P<space>[ \t\r\n]+)
-    | (?P<comment>\#[^\n]*)
-    | (?P<punctuation>[{}\[\],:])
-    | (?P<string>'[^'\n]*')
-    | (?P<word>[A-Za-z_][A-Za-z0-9_]*)
+    (?: [ \t\r\n]+ | (?! ^\#\#[^\S\n]*$ ) \#[^\n]* )*
+    (
+      [{}\[\],:]
+    | '[\x20-\x26\x28-\x5b\x5d-\x7e]*'
+    | [A-Za-z_][A-Za-z0-9_]*
+    | ^\#\#[^\S\n]*\n (?:\#[^\n]*\n)*? \#\#[^\S\n]*$
+    | .
+    | \Z
+    )
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.MULTILINE | re.DOTALL,
 )
+_CLOSED: Final = re.compile(r"'[^'\n]*'")
+_STRAY: Final = re.compile(r"[^{}\[\],:A-Za-z_]")
 
-#: A string may hold printable ASCII except the backslash: names need no more.
-_PLAIN: Final = re.compile(r"[\x20-\x5b\x5d-\x7e]*")
-_SYMBOL: Final = re.compile(r"@([^\s:]+):[ \t]*(.*)")
-_SECTION: Final = re.compile(r"(Features|Returns|Errors|Since|TODO|Notes?|Examples?):|\.\. [a-z-]+::")
+#: What a line of a documentation comment begins with.
+_MARGIN: Final = re.compile(r"\n# ?")
+#: The definition, a member or feature, or a section.
+_HEADING: Final = re.compile(
+    r"\n(?:@([^\s:]+):|(?:Features|Returns|Errors|Since|TODO|Notes?|Examples?):|\.\. [a-z-]+::)"
+)
+_EMPTY_LINES: Final = re.compile(r"\n\s*\n")
 #: Deep enough for any schema, and far from the interpreter's own limit.
 _DEEPEST: Final = 64
 
 
-class _Token(NamedTuple):
-    kind: str
-    text: str
-    offset: int
-
-
 class _Source:
-    """One file's text as tokens with one token of look-ahead."""
+    """One file's tokens, of which the first that is not yet taken can be seen."""
 
     def __init__(self, name: str, text: str) -> None:
         self.text = _Text(name, text)
-        self._characters = text
-        self._tokens = self._scan()
-        self.token = next(self._tokens)
+        self._tokens = self.text.tokens
+        self.number = 0
+        self.token = self._tokens[0]
 
-    def error(self, token: _Token, text: str) -> SchemaError:
-        """Make the error for a token."""
-        return SchemaError(self.text.location(token.offset), text)
+    def error(self, number: int, text: str) -> SchemaError:
+        """Make the error for a token, which may be none of the language at all."""
+        return SchemaError(Location(self.text, number), self.text.fault(number) or text)
 
-    def _scan(self) -> Iterator[_Token]:
-        characters, offset, match_token = self._characters, 0, _TOKEN.match
-        while offset < len(characters):
-            match = match_token(characters, offset)
-            if match is None:
-                what = characters[offset]
-                text = "missing closing quote" if what == "'" else f"stray {what!r}"
-                raise SchemaError(self.text.location(offset), text)
-            kind = match.lastgroup
-            end = match.end()
-            if kind == "punctuation" or kind == "word":
-                yield _Token(kind, match.group(), offset)
-            elif kind == "string":
-                text = match.group()
-                if not _PLAIN.fullmatch(text):
-                    raise SchemaError(
-                        self.text.location(offset), "a string holds printable ASCII without backslash"
-                    )
-                yield _Token(kind, text[1:-1], offset)
-            elif kind == "comment" and match.group().rstrip() == "##" and self._begins_line(offset):
-                end = self._end_of_documentation(offset, end)
-                yield _Token("documentation", characters[offset:end], offset)
-            offset = end
-        yield _Token("end", "end of file", len(characters))
+    def advance(self) -> int:
+        """Take the token; return its number."""
+        number = self.number
+        self.number = number + 1
+        self.token = self._tokens[number + 1]
+        return number
 
-    def _begins_line(self, offset: int) -> bool:
-        return offset == 0 or self._characters[offset - 1] == "\n"
-
-    def _end_of_documentation(self, opening: int, offset: int) -> int:
-        characters = self._characters
-        while offset < len(characters):
-            start = offset + 1
-            end = characters.find("\n", start)
-            end = len(characters) if end < 0 else end
-            line = characters[start:end].rstrip()
-            if line == "##":
-                return end
-            if not line.startswith("#"):
-                break
-            offset = end
-        raise SchemaError(self.text.location(opening), "documentation comment must end with '##'")
-
-    def advance(self) -> _Token:
-        token = self.token
-        if token.kind != "end":
-            self.token = next(self._tokens)
-        return token
-
-    def expect(self, text: str, instead: str) -> _Token:
-        if self.token.kind == "punctuation" and self.token.text == text:
+    def expect(self, text: str, instead: str) -> int:
+        """Take a punctuation character; return its number."""
+        if self.token == text:
             return self.advance()
-        raise self.error(self.token, f"expected {instead}")
-
-    def at(self, text: str) -> bool:
-        return self.token.kind == "punctuation" and self.token.text == text
+        raise self.error(self.number, f"expected {instead}")
 
 
 def _value(source: _Source, depth: int) -> Any:
     token = source.token
     if depth > _DEEPEST:
-        raise source.error(token, f"nested deeper than {_DEEPEST} levels")
-    if source.at("{"):
+        raise source.error(source.number, f"nested deeper than {_DEEPEST} levels")
+    if len(token) > 1 and token[0] == "'":
+        source.advance()
+        return token[1:-1]
+    if token == "{":
         return _table(source, depth)
-    if source.at("["):
+    if token == "[":
         return _sequence(source, depth)
-    if token.kind == "string":
-        return source.advance().text
-    if token.kind == "word" and token.text in ("true", "false"):
-        return source.advance().text == "true"
-    raise source.error(token, "expected '{', '[', string, or boolean")
+    if token in ("true", "false"):
+        source.advance()
+        return token == "true"
+    raise source.error(source.number, "expected '{', '[', string, or boolean")
 
 
 def _table(source: _Source, depth: int) -> Table:
-    table = Table(source.text, source.expect("{", "'{'").offset)
-    if source.at("}"):
+    table = Table(source.text, source.expect("{", "'{'"))
+    if source.token == "}":
         source.advance()
         return table
     while True:
-        key = source.token
-        if key.kind != "string":
-            raise source.error(key, "expected string or '}'" if not table else "expected string")
-        source.advance()
+        token = source.token
+        if len(token) < 2 or token[0] != "'":
+            raise source.error(source.number, "expected string or '}'" if not table else "expected string")
+        number = source.advance()
         source.expect(":", "':'")
-        if key.text in table:
-            raise source.error(key, f"duplicate key '{key.text}'")
-        table[key.text] = _value(source, depth + 1)
-        table.place(key.text, key.offset)
-        if source.at("}"):
+        key = token[1:-1]
+        if key in table:
+            raise source.error(number, f"duplicate key '{key}'")
+        table[key] = _value(source, depth + 1)
+        table.place(key, number)
+        if source.token == "}":
             source.advance()
             return table
         source.expect(",", "',' or '}'")
@@ -320,49 +312,45 @@ def _table(source: _Source, depth: int) -> Table:
 def _sequence(source: _Source, depth: int) -> Sequence:
     source.expect("[", "'['")
     sequence = Sequence(source.text)
-    if source.at("]"):
+    if source.token == "]":
         source.advance()
         return sequence
     while True:
-        sequence.place(source.token.offset)
+        sequence.place(source.number)
         sequence.append(_value(source, depth + 1))
-        if source.at("]"):
+        if source.token == "]":
             source.advance()
             return sequence
         source.expect(",", "',' or ']'")
 
 
-def _documentation(token: _Token, source: _Source) -> Documentation:
-    """Split a documentation comment into its body and its members' texts."""
-    symbol = ""
-    body: list[str] = []
-    members: dict[str, list[str]] = {}
-    target = body
-    location = source.text.location(token.offset)
-    for raw in token.text.split("\n")[1:-1]:
-        line = raw[1:].removeprefix(" ")
-        described = _SYMBOL.match(line) if line.startswith("@") else None
-        if described and not symbol and not any(body):
-            symbol = described[1]
-            body.append(described[2])
-        elif described and symbol:
-            if described[1] in members:
-                raise source.error(token, f"'{described[1]}' is documented twice")
-            target = members[described[1]] = [described[2]]
-        elif _SECTION.match(line):
-            # A section is for readers of the file; only its heading ends what came before.
-            target = []
-        else:
-            target.append(line.strip())
-    return Documentation(
-        location, symbol, _paragraph(body), {name: _paragraph(text) for name, text in members.items()}
-    )
+def _documentation(source: _Source) -> Documentation | None:
+    """Take a documentation comment; None if it names no definition, but stands for itself."""
+    comment = source.token
+    number = source.advance()
+    text = _MARGIN.sub("\n", comment[comment.index("\n") : comment.rindex("\n")])
+    headings = list(_HEADING.finditer(text))
+    if not headings or not headings[0][1] or text[: headings[0].start()].strip():
+        return None
+    ends = [*(heading.start() for heading in headings[1:]), len(text)]
+    # A section is for readers of the file; only its heading ends what came before.
+    described = [
+        (heading[1], _paragraphs(text[heading.end() : end]))
+        for heading, end in zip(headings, ends, strict=True)
+        if heading[1]
+    ]
+    (symbol, body), *members = described
+    texts: dict[str, str] = {}
+    for name, member_text in members:
+        if name in texts:
+            raise source.error(number, f"'{name}' is documented twice")
+        texts[name] = member_text
+    return Documentation(Location(source.text, number), symbol, body, texts)
 
 
-def _paragraph(lines: list[str]) -> str:
+def _paragraphs(text: str) -> str:
     """Join lines into paragraphs, one line each, empty lines between them."""
-    text = "\n".join(lines).strip()
-    return "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    return "\n\n".join(" ".join(part.split()) for part in _EMPTY_LINES.split(text.strip()))
 
 
 class _Reader:
@@ -390,10 +378,10 @@ class _Reader:
     def text(self, name: str, text: str, directory: Path, chain: tuple[Path, ...]) -> None:
         source = _Source(name, text)
         documentation: Documentation | None = None
-        while source.token.kind != "end":
-            if source.token.kind == "documentation":
+        while source.token:
+            if source.token.startswith("##"):
                 self._unused(documentation)
-                documentation = _documentation(source.advance(), source)
+                documentation = _documentation(source)
                 continue
             table = _table(source, 0)
             if "include" in table:
@@ -409,7 +397,7 @@ class _Reader:
 
     @staticmethod
     def _unused(documentation: Documentation | None) -> None:
-        if documentation and documentation.symbol:
+        if documentation:
             raise SchemaError(
                 documentation.location,
                 f"documentation for '{documentation.symbol}' is not followed by its definition",
@@ -462,14 +450,13 @@ class _Reader:
         for key in sorted(required):
             if key not in table:
                 raise SchemaError(table.location, f"{kind} '{name}' misses key '{key}'")
-        if documentation and documentation.symbol and documentation.symbol != name:
+        if documentation and documentation.symbol != name:
             raise SchemaError(
                 documentation.location, f"documentation for '{documentation.symbol}' stands before '{name}'"
             )
-        if self.pragmas.doc_required and not (documentation and documentation.symbol):
+        if self.pragmas.doc_required and not documentation:
             raise SchemaError(table.location, f"documentation comment required for {kind} '{name}'")
-        described = documentation if documentation and documentation.symbol else None
-        return Expression(kind, name, table, described)
+        return Expression(kind, name, table, documentation)
 
 
 def parse_file(path: str | Path) -> tuple[list[Expression], Pragmas]:

@@ -3,7 +3,8 @@
 :func:`load` parses and resolves the files; :class:`Schema` then answers every
 question about the wire: is this a valid argument, what does this option on the
 command line mean, what does ``query-qmp-schema`` say.  Definitions are turned
-into validators when they are first needed, so loading stays cheap.
+into validators when they are first needed, and ``jsonschema`` is imported with
+the first of them, so loading stays cheap.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmpd.qapi import introspection, keyval
 from qmpd.qapi.json_schema import Definitions
@@ -29,8 +30,10 @@ from qmpd.qapi.types import (
     ObjectType,
     Type,
 )
-from qmpd.qapi.validation import JSON_STYLE, OPTION_STYLE, Style, Validation, check
 from qmpd.qjson import parse_json
+
+if TYPE_CHECKING:
+    from qmpd.qapi.validation import Validation
 
 
 class Command:
@@ -70,7 +73,7 @@ class Command:
         :raise Error: in QMP's words, about the first thing that is wrong.
         """
         if arguments or not self.needs_no_arguments:
-            check(self._validator, arguments)
+            self._schema.validation.check(self._validator, arguments)
 
     @cached_property
     def returns_number(self) -> bool:
@@ -101,7 +104,7 @@ class Event:
 
         :raise Error: about the first thing that is wrong.
         """
-        check(self._validator, data)
+        self._schema.validation.check(self._validator, data)
 
 
 class Schema:
@@ -114,7 +117,6 @@ class Schema:
         self._resolved = resolved
         self.types: Mapping[str, Type] = MappingProxyType(resolved.types)
         self.definitions = Definitions(resolved.types)
-        self.validation = Validation(self.definitions)
         self._validators: dict[str, Any] = {}
         self.commands: Mapping[str, Command] = MappingProxyType(
             {name: Command(definition, self) for name, definition in resolved.commands.items()}
@@ -126,28 +128,36 @@ class Schema:
     def __repr__(self) -> str:
         return f"<Schema of {len(self.commands)} commands, {len(self.events)} events>"
 
+    @cached_property
+    def validation(self) -> Validation:
+        """What checks values against the definitions."""
+        # Importing it takes as long as all of our own modules together, because of jsonschema.
+        from qmpd.qapi.validation import Validation
+
+        return Validation(self.definitions)
+
     def validate(self, type_name: str, value: object) -> None:
         """Check a value against a type.
 
         :raise KeyError: the schema has no such type.
         :raise Error: in QMP's words, about the first thing that is wrong.
         """
-        self._check(type_name, value, JSON_STYLE)
+        self._check(type_name, value)
 
     def validate_option(self, type_name: str, value: object) -> None:
         """Check a value that stood in an option as ``key=value,...``.
 
         :raise Error: in the words for options, about the first thing that is wrong.
         """
-        self._check(type_name, value, OPTION_STYLE)
+        self._check(type_name, value, from_strings=True)
 
-    def _check(self, type_name: str, value: object, style: Style) -> None:
+    def _check(self, type_name: str, value: object, *, from_strings: bool = False) -> None:
         validator = self._validators.get(type_name)
         if validator is None:
             self.types[type_name]
             schema = self.definitions.schema_of(type_name)
             validator = self._validators[type_name] = self.validation.validator(schema)
-        check(validator, value, style)
+        self.validation.check(validator, value, from_strings=from_strings)
 
     def from_option(self, type_name: str, text: str, implied_key: str | None = None) -> dict[str, Any]:
         """Read a command line option: JSON if it starts with ``{``, else ``key=value,...``.
@@ -159,11 +169,11 @@ class Schema:
         """
         value: Any
         if text.startswith("{"):
-            value, style = parse_json(text), JSON_STYLE
+            value = parse_json(text)
+            self._check(type_name, value)
         else:
             value = keyval.convert(self.types, type_name, keyval.parse(text, implied_key))
-            style = OPTION_STYLE
-        self._check(type_name, value, style)
+            self._check(type_name, value, from_strings=True)
         assert isinstance(value, dict), "an option's type is an object type"
         return value
 

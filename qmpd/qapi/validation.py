@@ -193,7 +193,7 @@ class _Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Style:
+class _Style:
     """How errors are worded: for values from JSON, or for strings from an option.
 
     :param element: the path to a list's element, after the path to the list.
@@ -221,8 +221,8 @@ _INTEGERS: Final = {
     if builtin.json_type == "int"
 }
 
-JSON_STYLE: Final = Style("[{}]", _expects(_INTEGERS))
-OPTION_STYLE: Final = Style(
+_JSON: Final = _Style("[{}]", _expects(_INTEGERS))
+_OPTION: Final = _Style(
     ".{}",
     _expects(
         dict.fromkeys(_INTEGERS, "Parameter '{path}' expects integer")
@@ -247,7 +247,7 @@ _WORDINGS: Final[Mapping[str, str]] = {
 }
 
 
-def _path(steps: list[str | int], style: Style) -> str:
+def _path(steps: list[str | int], style: _Style) -> str:
     """Write a path as QEMU does: ``file.children[0].size``."""
     text = str(steps[0]) if isinstance(steps[0], str) else style.element.format(steps[0])
     for step in steps[1:]:
@@ -255,7 +255,7 @@ def _path(steps: list[str | int], style: Style) -> str:
     return text
 
 
-def _wording(error: Any, style: Style) -> Error:
+def _wording(error: Any, style: _Style) -> Error:
     """Say what a ValidationError says, as QEMU would."""
     keyword: str = error.validator
     title: str = error.schema.get("title", "")
@@ -271,7 +271,7 @@ def _wording(error: Any, style: Style) -> Error:
     )
 
 
-def _wrong_value(keyword: str, schema: JSONSchema, value: object, style: Style) -> str:
+def _wrong_value(keyword: str, schema: JSONSchema, value: object, style: _Style) -> str:
     """Return the text for a value that is of a wrong type or out of its type's range."""
     title: str = schema.get("title", "")
     expected: str = schema["type"]
@@ -303,15 +303,15 @@ class Validation:
         validator: Validator = self._class(schema)
         return validator
 
+    def check(self, validator: Validator, value: Any, *, from_strings: bool = False) -> None:
+        """Validate a value.
 
-def check(validator: Validator, value: Any, style: Style = JSON_STYLE) -> None:
-    """Validate a value.
-
-    :raise Error: what QEMU would report first, in its words.
-    """
-    try:
-        for error in validator.iter_errors(value):
-            raise _wording(error, style)
-    except RecursionError:
-        # Each level of nesting takes several frames; no real graph comes near the limit.
-        raise Error("JSON nesting depth limit exceeded") from None
+        :param from_strings: it was ``key=value,...`` on a command line; errors are worded otherwise.
+        :raise Error: what QEMU would report first, in its words.
+        """
+        try:
+            for error in validator.iter_errors(value):
+                raise _wording(error, _OPTION if from_strings else _JSON)
+        except RecursionError:
+            # Each level of nesting takes several frames; no real graph comes near the limit.
+            raise Error("JSON nesting depth limit exceeded") from None

@@ -118,7 +118,7 @@ def test_a_table_replaces_what_is_between_its_comments_and_nothing_else() -> Non
 
 def test_the_documents_have_the_places_that_a_run_writes_to() -> None:
     places = ((README, "monitor"), (PERFORMANCE, "aims"))
-    places += tuple((BENCHMARKS, name) for name in ("data path", "unlock", "sectors"))
+    places += tuple((BENCHMARKS, name) for name in ("start", "data path", "unlock", "sectors"))
     for path, name in places:
         assert "figures" in replaced(path.read_text(), name, "figures")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import pytest
 
@@ -51,10 +52,20 @@ def test_no_time_at_all_still_gives_the_least_iterations() -> None:
 
 
 @pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize("milliseconds", [10, 2000, 900_000])
+@pytest.mark.parametrize("milliseconds", [10, 25, 2000, 900_000])
 def test_iterations_are_as_many_as_the_time_asked_for_allows(milliseconds: int) -> None:
     assert kdf.calibrate("sha512", milliseconds, 32) == pytest.approx(1000 * milliseconds, rel=1e-3)
     assert kdf.calibrate("sha512", milliseconds, 32, share=8) == pytest.approx(125 * milliseconds, rel=1e-3)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_short_time_is_measured_in_a_shorter_one_than_a_long_time() -> None:
+    taken = []
+    for milliseconds in (1, 10, 2000):
+        start = time.thread_time()
+        kdf.calibrate("sha512", milliseconds, 32)
+        taken.append(time.thread_time() - start)
+    assert taken == sorted(set(taken))
 
 
 @pytest.mark.usefixtures("clock")

@@ -77,9 +77,9 @@ ONLY_WITHOUT_FORCE: Final = (
 ACTIVATIONS: Final[dict[str, tuple[tuple[dict[str, Any], bool], ...]]] = {
     "one slot in use": (
         (active(new_secret="fifth"), False),
-        (active(new_secret="first", keyslot=7), False),
+        (active(new_secret="first", keyslot=7, iter_time=ITER_TIME), False),
         (active(new_secret="fifth", keyslot=0), False),
-        (active(new_secret="fifth", keyslot=0), True),
+        (active(new_secret="fifth", keyslot=0, iter_time=ITER_TIME), True),
         (active(new_secret="nobody"), False),
         (active(new_secret="nobody"), True),
     ),
@@ -88,7 +88,7 @@ ACTIVATIONS: Final[dict[str, tuple[tuple[dict[str, Any], bool], ...]]] = {
         (active(new_secret="fifth"), True),
         (active(new_secret="nobody"), False),
         (active(new_secret="fifth", keyslot=6), False),
-        (active(new_secret="fifth", keyslot=6), True),
+        (active(new_secret="fifth", keyslot=6, iter_time=ITER_TIME), True),
     ),
     "the last slot in use": (
         (active(new_secret="fifth"), False),
