@@ -125,6 +125,30 @@ def check_action(text: str) -> None:
 check_watchdog_action: Final = one_of(_ACTIONS["watchdog"], "Parameter 'watchdog' does not accept value '{}'")
 
 
+def passed_descriptor(text: str) -> tuple[int, int, str | None]:
+    """Read ``-add-fd``: a descriptor, the number of the set that it is for, and what is remembered of it.
+
+    :raise Error: in QEMU's words.
+    """
+    given = settings("add-fd", text)
+    descriptor, fdset = (_c_int(given.get(name, -1)) for name in ("fd", "set"))
+    if descriptor < 0:
+        raise Error("fd option is required and must be non-negative")
+    if fdset < 0:
+        raise Error("set option is required and must be non-negative")
+    return descriptor, fdset, given.get("opaque")
+
+
+def _c_int(number: int) -> int:
+    """The number in the 32 bits that QEMU keeps of it."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def check_passed_descriptor(text: str) -> None:
+    """``-add-fd``: its form; whether there is such a descriptor is seen when it is taken."""
+    settings("add-fd", text)
+
+
 def check_boot(text: str) -> None:
     """``-boot``: an order of drives that are letters, and a menu that nobody sees."""
     given = nested(text, "order")

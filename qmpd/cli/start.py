@@ -147,6 +147,10 @@ class Start:
         await self._add_chardev(config)
         await self.daemon.add_qtest(config.id)
 
+    async def _add_fd(self, option: Option) -> None:
+        descriptor, fdset, opaque = option_values.passed_descriptor(option.value)
+        self.daemon.add_fd(descriptor, fdset, opaque)
+
     async def _memory_backend(self, option: Option) -> None:
         arguments = self._schema.from_option("MemoryBackendOptions", option.value, "qom-type")
         await self.daemon.add_object(arguments)
@@ -206,6 +210,7 @@ class Start:
 
 _ACTIONS: Final[Mapping[str, Callable[[Start, Option], Awaitable[None]]]] = {
     "": Start._unexpected,
+    "add-fd": Start._add_fd,
     "blockdev": Start._blockdev,
     "chardev": Start._chardev,
     "device": Start._device,

@@ -68,12 +68,15 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _in_order(found: Sequence[Option]) -> list[Option]:
-    """Return the options that make something, in the order in which it is made."""
+    """Return the options that make something, in the order in which it is made.
+
+    Devices that are written in JSON come after the others.
+    """
     kinds = [
         replace(option, name="memory-backend")
         if option.name == "object" and _MEMORY_BACKEND.search(option.value)
         else option
-        for option in found
+        for option in sorted(found, key=_is_json_device)
     ]
     return [
         replace(option, name=phase[option.name])
@@ -81,6 +84,10 @@ def _in_order(found: Sequence[Option]) -> list[Option]:
         for option in kinds
         if option.name in phase
     ]
+
+
+def _is_json_device(option: Option) -> bool:
+    return option.name == "device" and option.value.startswith("{")
 
 
 def _answer(option: Option) -> None:

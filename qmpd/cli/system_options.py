@@ -97,7 +97,12 @@ _TABLE: Final = (
         "DRIVER[,id=ID][,PROPERTY=VALUE]...",
         "a device: `-device help' lists the models, `-device MODEL,help' their properties",
     ),
-    _acts("add-fd", "fd=FD,set=SET[,opaque=TEXT]", "put an inherited descriptor into /dev/fdset/SET"),
+    _acts(
+        "add-fd",
+        "fd=FD,set=SET[,opaque=TEXT]",
+        "put an inherited descriptor into /dev/fdset/SET",
+        option_values.check_passed_descriptor,
+    ),
     # Who may talk to it
     _acts(
         "chardev",

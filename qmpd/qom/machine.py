@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from qmpd.qom.object import Container, Property
+from qmpd.qom.object import Container, Object, Property
 from qmpd.qom.types import TYPES
 
 
@@ -20,12 +20,15 @@ class MachineObject(Container):
     def __init__(self, machine: str, values: Mapping[str, Any]) -> None:
         super().__init__(f"{machine}-machine")
         self._values = values
+        #: The object that is its memory, on paper.
+        self.memory: Object | None = None
 
     def own_properties(self) -> Mapping[str, Property]:
         """What the command line said about it."""
         types = TYPES["machine"].properties
-        return {
-            name: Property(name, type_, partial(self._values.__getitem__, name))
-            for name, type_ in types.items()
-            if name in self._values
-        }
+        return {name: Property(name, type_, partial(self._value, name)) for name, type_ in types.items()}
+
+    def _value(self, name: str) -> Any:
+        if name == "memory-backend":
+            return "" if self.memory is None else self.memory.path
+        return self._values[name]

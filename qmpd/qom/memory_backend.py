@@ -8,9 +8,11 @@ ObjectOptions has none.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from qmpd.errors import Error
+from qmpd.qom.object import Property
+from qmpd.qom.types import TYPES
 from qmpd.qom.user_creatable import UserCreatable
 
 
@@ -19,6 +21,20 @@ class MemoryBackend(UserCreatable):
 
     :raise Error: for a size of nothing.
     """
+
+    #: What properties are unless told otherwise.
+    usual: ClassVar[Mapping[str, Any]] = {
+        "share": False,
+        "dump": True,
+        "merge": True,
+        "prealloc": False,
+        "prealloc-threads": 1,
+        "prealloc-context": "",
+        "reserve": True,
+        "policy": "default",
+        "host-nodes": [],
+        "x-use-canonical-path-for-ramblock-id": False,
+    }
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__(options)
@@ -33,9 +49,14 @@ class MemoryBackend(UserCreatable):
         """A machine keeps its memory."""
         return self.is_memory
 
+    def own_properties(self) -> Mapping[str, Property]:
+        """The properties of its type: QOM has other types for them than the schema."""
+        types = TYPES[self.qom_type].all_properties()
+        return {name: self._property(name, type_) for name, type_ in types.items()}
+
     def get(self, name: str) -> Any:
-        """What was given."""
-        return self._options.get(name)
+        """What was given, or what is usual."""
+        return self._options.get(name, self.usual.get(name))
 
     def check_settable(self, name: str) -> None:
         """Nothing can be changed."""
@@ -58,6 +79,12 @@ class FileBackend(MemoryBackend):
 
     qom_type = "memory-backend-file"
     struct = "MemoryBackendFileProperties"
+    usual: ClassVar = {
+        **MemoryBackend.usual,
+        **dict.fromkeys(("align", "offset"), 0),
+        **dict.fromkeys(("discard-data", "pmem", "readonly"), False),
+        "rom": "off",
+    }
 
 
 class MemfdBackend(MemoryBackend):
@@ -65,3 +92,4 @@ class MemfdBackend(MemoryBackend):
 
     qom_type = "memory-backend-memfd"
     struct = "MemoryBackendMemfdProperties"
+    usual: ClassVar = {**MemoryBackend.usual, "share": True, "hugetlb": False, "hugetlbsize": 0, "seal": True}

@@ -217,8 +217,7 @@ class ObjectTree:
             return [self._property_info(name, type_) for name, type_ in properties.items()]
         if info.struct is not None:
             properties.update(schema_properties(self.schema, info.struct, OBJECT_TYPE_NAMES))
-        for each in info.ancestry():
-            properties.update(each.properties)
+        properties.update(info.all_properties())
         return [{"name": name, "type": type_} for name, type_ in properties.items()]
 
     def list_device_properties(self, type_name: str) -> list[dict[str, Any]]:
@@ -286,6 +285,9 @@ class ObjectTree:
         if not isinstance(found, MemoryBackend):
             raise Error(f"Memory backend '{backend_id}' not found")
         found.is_memory = True
+        machine = self.machine()
+        if isinstance(machine, MachineObject):
+            machine.memory = found
 
     def iothreads(self) -> list[dict[str, Any]]:
         """The I/O threads (IOThreadInfo)."""

@@ -38,6 +38,11 @@ class TypeInfo:
             yield info
             info = TYPES.get(info.parent or "")
 
+    def all_properties(self) -> dict[str, str]:
+        """The QOM types of its properties that no struct has, inherited ones included."""
+        inherited = [each.properties for each in self.ancestry()]
+        return {name: type_ for properties in reversed(inherited) for name, type_ in properties.items()}
+
     def implements(self, wanted: str) -> bool:
         """Whether it is, extends, or can be used as another type."""
         return any(wanted == info.name or wanted in info.interfaces for info in self.ancestry())
@@ -135,12 +140,29 @@ def _soldered(name: str, parent: str = "pci-device", interfaces: tuple[str, ...]
     return TypeInfo(name, parent, interfaces=interfaces, struct="PCIDeviceProperties", emulator=True)
 
 
+#: The properties of objects that would be memory.
+_OF_MEMORY: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("dump", "merge", "prealloc", "reserve", "share"), "bool"),
+    **dict.fromkeys(("host-nodes", "prealloc-threads", "size"), "int"),
+    "policy": "HostMemPolicy",
+    "prealloc-context": "link<thread-context>",
+    "x-use-canonical-path-for-ramblock-id": "bool",
+}
+_OF_FILE_MEMORY: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("discard-data", "pmem", "readonly"), "bool"),
+    **dict.fromkeys(("align", "offset"), "int"),
+    "mem-path": "string",
+    "rom": "OnOffAuto",
+}
+_OF_MEMFD_MEMORY: Final[Mapping[str, str]] = {"hugetlb": "bool", "hugetlbsize": "int", "seal": "bool"}
+
 #: The properties of every machine.
 _OF_MACHINES: Final[Mapping[str, str]] = {
     "kernel": "string",
     "initrd": "string",
     "append": "string",
     "memory": "MemorySizeConfiguration",
+    "memory-backend": "link<memory-backend>",
     "graphics": "bool",
     "usb": "bool",
 }
@@ -150,9 +172,11 @@ _OF_MACHINES: Final[Mapping[str, str]] = {
 _OF_EMULATOR: Final = (
     TypeInfo("accel", "object", abstract=True, emulator=True),
     TypeInfo("tcg-accel", "accel", emulator=True),
-    TypeInfo("memory-backend", "object", abstract=True, interfaces=_USER, emulator=True),
-    TypeInfo("memory-backend-file", "memory-backend", emulator=True),
-    TypeInfo("memory-backend-memfd", "memory-backend", emulator=True),
+    TypeInfo(
+        "memory-backend", "object", abstract=True, interfaces=_USER, properties=_OF_MEMORY, emulator=True
+    ),
+    TypeInfo("memory-backend-file", "memory-backend", properties=_OF_FILE_MEMORY, emulator=True),
+    TypeInfo("memory-backend-memfd", "memory-backend", properties=_OF_MEMFD_MEMORY, emulator=True),
     TypeInfo("memory-backend-ram", "memory-backend", emulator=True),
     TypeInfo("machine", "object", abstract=True, properties=_OF_MACHINES, emulator=True),
     TypeInfo("x86-machine", "machine", abstract=True, emulator=True),

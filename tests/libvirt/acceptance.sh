@@ -242,7 +242,7 @@ part_define() {
     says "it is listed" 'acc +shut off' virsh list --all
     ok "its definition is shown" virsh dumpxml acc
     virsh dumpxml acc >defined.xml
-    says "its definition names the emulator" "<emulator>$emulator</emulator>" cat defined.xml
+    says "it names the emulator" "<emulator>$emulator</emulator>" cat defined.xml
     says "libvirt knows what the emulator is" '<domain>qemu</domain>' virsh domcapabilities --emulatorbin "$emulator"
     ok "a secret is defined" virsh secret-define secret.xml
     ok "the secret gets its value" virsh secret-set-value $secret --file pw --plain
@@ -253,7 +253,7 @@ part_start() {
     says "it is paused" 'paused' virsh domstate acc
     says "it says its version" '"major":' monitor acc query-version
     says "it is not running" '"running":false' monitor acc query-status
-    hides "there are no disks" 'virtio' virsh domblklist acc
+    hides "there are no disks" "$place" virsh domblklist acc
     ok "its statistics are shown" virsh domstats acc
     says "it has no block nodes" '"return":\[\]' nodes acc
     refused "a command that does not exist is refused" 'has not been found' monitor acc no-such-command
@@ -345,6 +345,10 @@ part_disks() {
     for target in vdc vdd vde vdf vdh vdi; do
         quickly "$target is detached" virsh detach-disk acc $target
     done
+    disk slice vdc raw one.raw "<slices><slice type='storage' offset='1048576' size='2097152'/></slices>"
+    ok "a slice of a file is attached" virsh attach-device acc slice.xml
+    says "and as large as it is" 'Capacity: +2097152' virsh domblkinfo acc vdc
+    quickly "and is detached" virsh detach-disk acc vdc
     says "no node is left" '"return":\[\]' nodes acc
 }
 
@@ -518,7 +522,73 @@ part_crash() {
     ok "the emulator is told to quit" virsh start acc --paused
     monitor acc quit >"$printed" 2>&1
     becomes "and has not crashed then" 'shut off' virsh domstate acc --reason
+    ok "its disks are taken out of its definition" bash -c \
+        "virsh detach-disk acc vda --config && virsh detach-disk acc vdb --config"
     ok "it starts once more" virsh start acc --paused
+}
+
+# An attach is cut off: the emulator stands still, libvirtd waits for it and is killed.
+part_interrupted() {
+    local pid
+    pid=$(emulator_pid acc)
+    kill -STOP "$pid"
+    virsh attach-device acc vda.xml >attached 2>&1 &
+    sleep 0.5
+    ok "libvirtd is killed while it attaches a disk" end KILL "$(libvirtd_pid)"
+    wait $!
+    kill -CONT "$pid"
+    says "which virsh notices" 'Failed to attach device' cat attached
+    says "the next libvirtd finds the domain" 'paused' virsh domstate acc
+    says "and talks to it" '"running":false' monitor acc query-status
+    hides "it has no half of a disk" 'vda' virsh domblklist acc
+    says "nor a node" '"return":\[\]' nodes acc
+    ok "the domain is destroyed" virsh destroy acc
+    ok "and starts" virsh start acc --paused
+    ok "the disk is attached now" virsh attach-device acc vda.xml
+    quickly "and detached" virsh detach-device acc vda.xml
+}
+
+# unusable TITLE PATTERN DEVICES [EDIT]: a domain with these devices, edited by sed, is refused when it is defined or started.
+unusable() {
+    domain unusable q35 "$3"
+    sed -i "${4:-}" unusable.xml
+    refused "$1" "$2" bash -c "virsh define unusable.xml && virsh start unusable --paused"
+    virsh undefine unusable >/dev/null 2>&1
+}
+
+# What the user reads who wants too much.
+part_messages() {
+    local what="it has got one"
+    printf '#!/bin/sh\necho out of order >&2\nexit 1\n' >broken
+    chmod 755 broken
+    unusable "an emulator that does not work is quoted" 'out of order' "" "s|<emulator>.*<|<emulator>$place/broken<|"
+    unusable "an option that does not exist is named" '-no-such-option: invalid option' "" \
+        "s|<qemu:commandline>|&<qemu:arg value='-no-such-option'/>|"
+    unusable "a device that does not exist is named" "'no-such-device' is not a valid device model name" "" \
+        "s|<qemu:commandline>|&<qemu:arg value='-device'/><qemu:arg value='no-such-device'/>|"
+    unusable "a machine that does not exist is named" "does not support machine type 'virt'" "" "s/'q35'/'virt'/"
+    unusable "another processor is refused" "does not support arch 'aarch64'" "" "s/x86_64'/aarch64'/"
+    [ -w /dev/kvm ] || unusable "KVM is refused" "does not support virt type 'kvm'" "" "s/type='qemu'/type='kvm'/"
+    if only_qmpd "a network card is refused" "$what"; then
+        unusable "a network card is refused" 'not supported with this QEMU binary' "<interface type='user'/>"
+    fi
+    if only_qmpd "a graphics card is refused" "$what"; then
+        unusable "a graphics card is refused" 'does not support video model' "<video><model type='virtio'/></video>"
+    fi
+    if only_qmpd "a CD-ROM drive is refused" "$what"; then
+        unusable "a CD-ROM drive is refused" "'ide-cd' is not a valid device model name" \
+            "<disk type='file' device='cdrom'><source file='$place/plain.raw'/><target dev='sda' bus='sata'/></disk>"
+    fi
+    if only_qmpd "the balloon that libvirt adds is refused" "$what"; then
+        unusable "the balloon that libvirt adds is refused" "'virtio-balloon-pci' is not a valid device model name" \
+            "" "s/<memballoon model='none'.>//"
+    fi
+    if only_qmpd "a USB controller is refused" "$what"; then
+        unusable "a USB controller is refused" 'USB controller model' "" "s/usb' model='none'/usb' model='qemu-xhci'/"
+    fi
+    if only_qmpd "a serial port is refused" "$what"; then
+        unusable "a serial port is refused" "'isa-serial' is not supported" "<serial type='pty'/>"
+    fi
 }
 
 part_shutdown() {
@@ -530,6 +600,8 @@ part_shutdown() {
         becomes "it has shut down" 'shut off \(shutdown\)' virsh domstate acc --reason
     fi
     virsh destroy acc >/dev/null 2>&1
+    virsh dumpxml acc --inactive >afterwards.xml
+    ok "its definition is what it was" diff defined.xml afterwards.xml
     ok "the definition is gone" virsh undefine acc
     ok "the secret is gone" virsh secret-undefine $secret
     hides "nothing is left" 'acc' virsh list --all
@@ -538,7 +610,8 @@ part_shutdown() {
 # -- All of them ----------------------------------------------------------------------------------------------
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(luks passphrase disks scsi typed states destroy reconnect crash)
+[ ${#parts[@]} -gt 0 ] || parts=(luks passphrase disks scsi typed states destroy reconnect crash
+    interrupted messages)
 
 kind=unknown
 part_define
