@@ -146,9 +146,11 @@ class Daemon:
     def use_memory(self, backend_id: str) -> None:
         """Make an object the machine's memory.
 
-        :raise Error: if it is not there or no memory.
+        :raise Error: if it is not there or no memory, or not as much as the machine is to have.
         """
-        self._objects.use_memory(backend_id)
+        size = self._objects.use_memory(backend_id)
+        if self._machine is not None:
+            self._machine.use_memory(size)
 
     async def add_blockdev(self, options: dict[str, Any]) -> None:
         """Open a node.

@@ -67,7 +67,7 @@ def machine_config(found: Sequence[Option], program: str) -> tuple[MachineConfig
                 case "uuid":
                     values["uuid"] = option.value.lower()
                 case "m":
-                    values["memory"] = _memory(option.value)
+                    values["memory"] = _memory(option.value, machine_type)
                 case "smp":
                     smp |= option_values.nested(option.value, "cpus")
                 case "S":
@@ -125,6 +125,8 @@ def _check_property(machine_type: MachineType, name: str, value: Any) -> None:
         raise Error(f"Parameter '{name}' does not accept value '{value}'")
     if value not in MACHINE_CHOICES.get(name, (value,)):
         raise Error(f"Parameter '{name}' does not accept value '{value}'")
+    if property_.type == "int":
+        option_values.number(name, value)
     if property_.type == "size":
         from qmpd.qapi.keyval import read_size
 
@@ -182,13 +184,14 @@ def check_accel(text: str) -> None:
 # Memory and processors
 
 
-def _memory(text: str) -> int:
+def _memory(text: str, machine_type: types.MachineType = types.DEFAULT) -> int:
     """Read ``-m``: bytes.
 
+    :param machine_type: says what no bytes mean.
     :raise Error: in QEMU's words.
     """
     given = option_values.settings("memory", with_unit(text), "size")
-    size: int = given.get("size", 0) or MachineConfig.memory
+    size: int = given.get("size", 0) or machine_type.memory
     most: int = given.get("maxmem", 0)
     slots: int = given.get("slots", 0)
     if slots and not most:

@@ -29,6 +29,11 @@ def query_iothreads(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, A
     return parts.objects.iothreads()
 
 
+def query_memdev(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects that would hold memory."""
+    return parts.objects.memory_backends()
+
+
 def query_name(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """The machine's name."""
     name = parts.machine.config.name
@@ -42,7 +47,7 @@ def query_uuid(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def query_memory_size_summary(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
     """How much memory the machine has on paper."""
-    return {"base-memory": parts.machine.config.memory, "plugged-memory": 0}
+    return {"base-memory": parts.machine.memory, "plugged-memory": 0}
 
 
 def device_list_properties(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -74,6 +79,7 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "query-cpu-model-expansion": query_cpu_model_expansion,
     "query-current-machine": query_current_machine,
     "query-iothreads": query_iothreads,
+    "query-memdev": query_memdev,
     "query-name": query_name,
     "query-uuid": query_uuid,
     "query-memory-size-summary": query_memory_size_summary,

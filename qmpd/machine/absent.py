@@ -19,7 +19,6 @@ ANSWERS: Final[Mapping[str, Any]] = {
     "query-cpus-fast": [],
     "query-display-options": {"type": "none"},
     "query-kvm": {"enabled": False, "present": False},
-    "query-memdev": [],
     "query-memory-devices": [],
     "query-migrate": {},
     "query-replay": {"mode": "none", "icount": 0},

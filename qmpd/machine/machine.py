@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 from uuid import UUID
 
+from qmpd.errors import Error
 from qmpd.machine import types
 from qmpd.machine.config import MachineConfig
 from qmpd.machine.run_state import State, Verb, step
@@ -43,6 +44,8 @@ class Machine:
         self.type = types.find(config.type)
         #: All zeros if it was given none.
         self.uuid = UUID(config.uuid) if config.uuid is not None else UUID(int=0)
+        #: Bytes, on paper.
+        self.memory = self.type.memory_of(config.memory)
         self._devices = devices
         self._emit = emit
         self._end = end
@@ -143,6 +146,16 @@ class Machine:
             self._go(Verb.SWITCH_OFF)
 
     # -- what else it is asked
+
+    def use_memory(self, size: int) -> None:
+        """Take an object for its memory.
+
+        :param size: the object's, in bytes.
+        :raise Error: if it was told to have more or less.
+        """
+        if self.config.memory not in (None, size):
+            raise Error("Machine memory size does not match the size of the memory backend")
+        self.memory = size
 
     def set_migration_capabilities(self, wanted: Iterable[Mapping[str, Any]]) -> None:
         """Remember what migrations are to do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qmpd.machine import types
 from qmpd.machine.config import MachineConfig
 
 
@@ -13,7 +14,7 @@ def properties(config: MachineConfig) -> dict[str, Any]:
         "kernel": "",
         "initrd": "",
         "append": "",
-        "memory": {"size": config.memory},
+        "memory": {"size": types.find(config.type).memory_of(config.memory)},
         "graphics": False,
         "usb": False,
     }

@@ -26,6 +26,7 @@ class MachineType:
     :param family: what it is apart from its version: ``pc`` (i440FX), ``q35`` or ``none``.
     :param cpu_max: the most processors that may be asked for.
     :param alias: another name.
+    :param memory: how many bytes it has if it is not told.
     :param default: it is taken if none is asked for.
     """
 
@@ -33,12 +34,20 @@ class MachineType:
     family: str
     cpu_max: int
     alias: str | None = None
+    memory: int = 128 << 20
     default: bool = False
 
     @property
     def has_power_button(self) -> bool:
         """Whether anything is there that `system_powerdown` could reach."""
         return self.family != "none"
+
+    def memory_of(self, told: int | None) -> int:
+        """How many bytes a machine of this type has.
+
+        :param told: how many it is to have, if that was said.
+        """
+        return self.memory if told is None else told
 
     def info(self) -> dict[str, Any]:
         """What `query-machines` says of it (MachineInfo)."""
@@ -66,7 +75,7 @@ _TYPES: Final = (
     MachineType(f"pc-q35-{_NEWEST}", "q35", 4096, alias="q35"),
     *(MachineType(f"pc-i440fx-{version}", "pc", 255) for version in _OLDER),
     *(MachineType(f"pc-q35-{version}", "q35", _OLDER_Q35_CPUS.get(version, 4096)) for version in _OLDER),
-    MachineType("none", "none", 1),
+    MachineType("none", "none", 1, memory=0),
 )
 
 #: The types by full name.

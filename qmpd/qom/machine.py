@@ -31,4 +31,6 @@ class MachineObject(Container):
     def _value(self, name: str) -> Any:
         if name == "memory-backend":
             return "" if self.memory is None else self.memory.path
+        if name == "memory" and self.memory is not None:
+            return {"size": self.memory.property("size").get()}
         return self._values[name]

@@ -58,6 +58,11 @@ class MemoryBackend(UserCreatable):
         """What was given, or what is usual."""
         return self._options.get(name, self.usual.get(name))
 
+    def info(self) -> dict[str, Any]:
+        """What `query-memdev` says of it (Memdev, without the id)."""
+        shown = ("size", "merge", "dump", "prealloc", "share", "reserve", "host-nodes", "policy")
+        return {name: self.get(name) for name in shown}
+
     def check_settable(self, name: str) -> None:
         """Nothing can be changed."""
         raise Error(f"cannot change property {name} of {self.qom_type}")

@@ -276,9 +276,10 @@ class ObjectTree:
         if not isinstance(self.objects.children.get(iothread_id), IOThread):
             raise Error(f'iothread "{iothread_id}" not found')
 
-    def use_memory(self, backend_id: str) -> None:
+    def use_memory(self, backend_id: str) -> int:
         """Make an object the machine's memory, on paper.
 
+        :return: its size in bytes.
         :raise Error: if it is not there or no memory.
         """
         found = self.objects.children.get(backend_id)
@@ -288,13 +289,21 @@ class ObjectTree:
         machine = self.machine()
         if isinstance(machine, MachineObject):
             machine.memory = found
+        return int(found.get("size"))
 
     def iothreads(self) -> list[dict[str, Any]]:
         """The I/O threads (IOThreadInfo)."""
+        return self._infos(IOThread)
+
+    def memory_backends(self) -> list[dict[str, Any]]:
+        """The objects that would hold memory (Memdev)."""
+        return self._infos(MemoryBackend)
+
+    def _infos(self, wanted: type[IOThread | MemoryBackend]) -> list[dict[str, Any]]:
         return [
             {"id": name, **each.info()}
             for name, each in self.objects.children.items()
-            if isinstance(each, IOThread)
+            if isinstance(each, wanted)
         ]
 
     def tls_server_context(self, credentials_id: str, authorization_id: str | None = None) -> ssl.SSLContext:

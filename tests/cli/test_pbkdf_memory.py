@@ -12,8 +12,8 @@ import pytest
 from conftest import StartDaemon
 from daemons import CHECKOUT, PATIENCE, QMPD, CommandError, Connection, RunningDaemon
 
-from qmpd.cli.main import Settings, _settings
 from qmpd.cli.options import scan
+from qmpd.cli.process import Settings, read_settings
 
 REFUSAL = "The key derivation needs 65536 KiB of memory, and --pbkdf-memory-max allows 32768"
 
@@ -23,7 +23,7 @@ REFUSAL = "The key derivation needs 65536 KiB of memory, and --pbkdf-memory-max 
     [("32K", 32), ("33554432", 32768), ("1.5M", 1536), ("2g", 2 << 20), ("33791", 32), ("0x100000", 1024)],
 )
 def test_a_size_is_read_as_in_other_options(written: str, kibibytes: int) -> None:
-    assert _settings(list(scan(["--pbkdf-memory-max", written]))).pbkdf_memory == kibibytes
+    assert read_settings(list(scan(["--pbkdf-memory-max", written]))).pbkdf_memory == kibibytes
 
 
 def test_without_the_option_the_machine_decides() -> None:

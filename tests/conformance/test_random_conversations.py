@@ -526,6 +526,55 @@ DEVICE_COMMANDS: Final[Commands] = (
 )
 
 
+# -- places on a board
+
+#: Few enough that most are taken before long.  Not slot 31: while that is in use QEMU finds no place
+#: for whoever asks for none.
+SLOTS: Final = ("0", "1", "2", "3", "4", "0x2")
+FUNCTIONS: Final = ("", "", "", ".0", ".1", ".2", ".7")
+
+PORTS: Final = ("p0", "p1", "p2")
+
+
+def at_a_place(buses: Sequence[str], slots: Sequence[str]) -> Maker:
+    """Return the maker of ``device_add`` of a disk at a place of one of these buses."""
+
+    def maker(source: Random) -> list[Step]:
+        arguments: dict[str, Any] = {"driver": "virtio-blk-pci", "share-rw": True}
+        arguments["drive"] = source.choice(LASTING_NODES)
+        arguments |= chosen(source, {"id": (0.95, DEVICE_IDS), "multifunction": (0.5, SWITCH)})
+        arguments |= chosen(source, {"bus": (0.95, buses)})
+        if source.random() < 0.8:
+            arguments["addr"] = source.choice(slots) + source.choice(FUNCTIONS)
+        return [step("device_add", arguments)]
+
+    return maker
+
+
+def board_commands(buses: Sequence[str], slots: Sequence[str], models: Sequence[str]) -> Commands:
+    """Return the commands about places on these buses, for disks and for these models."""
+    others: Options = {
+        "driver": (1, models),
+        "id": (1, ("r0", "r1", "r2")),
+        "bus": (1, buses),
+        "addr": (0.5, slots),
+    }
+    names = (*DEVICE_IDS, "r0", "p0")
+    properties = ("addr", "legacy-addr", "multifunction", "parent_bus")
+
+    def unplug(source: Random) -> list[Step]:
+        return [step("device_del", {"id": source.choice((*names, *DEVICE_IDS, "nope"))}), *UNPLUGGED]
+
+    return (
+        (30, at_a_place(buses, slots)),
+        (4, with_options("device_add", others)),
+        (14, unplug),
+        (20, with_options("qom-get", {"path": (1, names), "property": (1, properties)})),
+        (4, always("qom-list", {"path": "/machine/peripheral"}, unordered=True)),
+        (4, always("query-block")),
+    )
+
+
 # -- a machine
 
 #: Never power-off: a reset may mean that, and the process would end.
@@ -670,6 +719,32 @@ KINDS: Final[Mapping[str, Kind]] = {
         _DEVICE_ARGUMENTS,
         eventful=_EVENTFUL_FOR_DEVICES,
         style="system",
+    ),
+    "places": Kind(
+        "system",
+        "qemu-system-x86_64",
+        board_commands(("pci.0",), SLOTS, ("virtio-scsi-pci",)),
+        _DEVICE_ARGUMENTS,
+        eventful=("device_add", "device_del", "qom-get"),
+        style="system",
+    ),
+    "ports": Kind(
+        "system",
+        "qemu-system-x86_64",
+        board_commands(
+            (*PORTS, *PORTS, "r0", "r1", "pcie.0"),
+            ("0", "0", "0", "0x0", "1"),
+            ("virtio-scsi-pci", "pcie-root-port"),
+        ),
+        (
+            *_DEVICE_ARGUMENTS,
+            *("-device", "pcie-root-port,id=p0,chassis=1,addr=2,multifunction=on"),
+            *("-device", '{"driver":"pcie-root-port","id":"p1","chassis":2,"addr":"2.1"}'),
+            *("-device", '{"driver":"pcie-root-port","id":"p2","chassis":3}'),
+        ),
+        eventful=("device_add", "device_del", "qom-get"),
+        style="system",
+        machine="q35",
     ),
     # Of no type: firmware would reset it whenever it likes, and nobody notices the power button.
     "machine": Kind(

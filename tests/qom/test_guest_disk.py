@@ -130,6 +130,18 @@ async def test_the_status_is_good_again_with_the_next_good_request_of_the_kind(
     assert failing.io_status == "ok"
 
 
+async def test_the_status_is_good_again_when_the_machine_goes_on(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing(devices, monkeypatch)
+    failing.number = NO_SPACE
+    with pytest.raises(OSError, match="in a test's words"):
+        await failing.disk.pwrite(0, b"data")
+    assert failing.io_status == "nospace"
+    devices.forget_failures()
+    assert failing.io_status == "ok"
+
+
 async def test_only_the_guest_s_failures_are_told_of(
     devices: Devices, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
