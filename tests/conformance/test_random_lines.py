@@ -68,7 +68,8 @@ def is_left_out(line: str) -> bool:
     """Whether the answer is in our own words, or about the whole machine, of which qmpd has a part.
 
     Properties are listed in the order of QEMU's hash tables there.  ``snapshot_blkdev -f`` is no mistake to
-    QEMU, because an f stands behind a dash in the name of a parameter.
+    QEMU, because an f stands behind a dash in the name of a parameter.  A refused `object_add` repeats
+    nothing of a secret, and does not explain what an identifier is.
     """
     words = line.split()
     return (
@@ -77,6 +78,7 @@ def is_left_out(line: str) -> bool:
         or ",help" in line
         or (words[:1] == ["qom-list"] and len(words) == 2)
         or words[:2] == ["snapshot_blkdev", "-f"]
+        or (words[:1] == ["object_add"] and ("secret" in line or "iothread,id=1" in line or "id=i j" in line))
     )
 
 
