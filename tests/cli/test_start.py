@@ -209,7 +209,13 @@ async def test_an_object_types_properties_can_be_asked_for(daemon: RecordingDaem
 async def test_the_kinds_of_character_devices_can_be_asked_for(daemon: RecordingDaemon) -> None:
     with pytest.raises(Answered) as answer:
         await start(daemon, "--chardev", "help")
-    assert str(answer.value).splitlines() == ["Available chardev backend types:", "  socket", "  stdio"]
+    assert str(answer.value).splitlines() == [
+        "Available chardev backend types:",
+        "  null",
+        "  ringbuf",
+        "  socket",
+        "  stdio",
+    ]
 
 
 async def test_an_unknown_trace_event_is_a_warning(
