@@ -33,6 +33,9 @@ from peers import required, search_path
 #: Peers that every test of libvirt needs.
 LIBVIRT: Final = ("virsh", "libvirtd", "libvirt_driver_qemu.so", "libvirt_driver_secret.so", "setpriv")
 
+#: The emulator as documents name it, in a checkout in which somebody has typed `make`.
+EMULATOR: Final = '"$PWD/.venv/bin/qmpd-system-x86_64"'
+
 _NOBODY: Final = "nobody"
 
 #: As pip writes it for an entry point of the package.

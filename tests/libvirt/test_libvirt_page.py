@@ -13,9 +13,6 @@ from documents import check
 
 PAGE: Final = (CHECKOUT / "docs" / "libvirt.md").read_text()
 
-#: What the page says of a checkout in which somebody has typed `make`.
-EMULATOR: Final = '"$PWD/.venv/bin/qmpd-system-x86_64"'
-
 #: Printed between one block's commands and the next one's.
 BOUNDARY: Final = "-- the next block --"
 
@@ -32,9 +29,9 @@ def shown_as(text: str) -> re.Pattern[str]:
 @pytest.mark.peer(*ordinary_user.LIBVIRT, "cryptsetup", "nbdinfo", "nbdcopy")
 def test_the_commands_of_the_page_about_libvirt_print_what_it_shows() -> None:
     commands = [text for language, text in BLOCKS if language == "sh"]
-    assert EMULATOR in commands[0]
+    assert ordinary_user.EMULATOR in commands[0]
     with ordinary_user.installed_emulator() as emulator, ordinary_user.home() as home:
-        typed = f"\necho {BOUNDARY!r}\n".join(commands).replace(EMULATOR, str(emulator))
+        typed = f"\necho {BOUNDARY!r}\n".join(commands).replace(ordinary_user.EMULATOR, str(emulator))
         status, printed = ordinary_user.run(["bash", "-euo", "pipefail", "-c", typed], home, 150)
     check(status, printed)
     outputs = ["\n".join(map(str.rstrip, part.strip().splitlines())) for part in printed.split(BOUNDARY)]
