@@ -44,6 +44,11 @@ def write_monitor(table: str) -> None:
     _write(README, "monitor", table)
 
 
+def write_libvirt(table: str) -> None:
+    """Put the table of libvirt's emulators into docs/benchmarks.md."""
+    _write(BENCHMARKS, "libvirt", table)
+
+
 def write_unlock(table: str) -> None:
     """Put the table of unlocking into docs/benchmarks.md."""
     _write(BENCHMARKS, "unlock", table)

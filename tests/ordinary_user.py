@@ -20,13 +20,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unittest
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
 
-import pytest
 from daemons import CHECKOUT
 from peers import required, search_path
 
@@ -135,9 +135,7 @@ def _python() -> Path:
         except OSError:
             pass
     reason = f"no {name} that an ordinary user can run: {', '.join(map(str, candidates))}"
-    if required():
-        pytest.fail(reason)
-    pytest.skip(reason)
+    raise LookupError(reason) if required() else unittest.SkipTest(reason)
 
 
 def _install(prefix: Path, python: Path) -> None:
