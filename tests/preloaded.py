@@ -20,18 +20,22 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from daemons import CHECKOUT, PATIENCE
 
 
 class Preloaded:
-    """Processes with qmpd in them, one for each processor; a context manager.  Several threads may use it."""
+    """Processes with qmpd in them, one for each processor; a context manager.  Several threads may use it.
 
-    def __init__(self) -> None:
+    :param program: the module with the program's `main`.
+    """
+
+    def __init__(self, program: str = "qmpd.cli.main") -> None:
         self._idle: queue.SimpleQueue[_Forker] = queue.SimpleQueue()
-        self._forkers = [_Forker() for _ in range(os.cpu_count() or 1)]
+        self._forkers = [_Forker(program) for _ in range(os.cpu_count() or 1)]
         for forker in self._forkers:
             self._idle.put(forker)
 
@@ -42,10 +46,10 @@ class Preloaded:
         for forker in self._forkers:
             forker.close()
 
-    def run(self, *arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
-        """Run qmpd to its end, with nothing on its standard input."""
+    def run(self, *arguments: str, directory: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+        """Run qmpd to its end, with *text* on its standard input."""
         with self._one() as forker:
-            return forker.run(arguments, directory)
+            return forker.run(arguments, directory, text)
 
     @contextmanager
     def _one(self) -> Iterator[_Forker]:
@@ -57,20 +61,21 @@ class Preloaded:
 
 
 class _Forker:
-    def __init__(self) -> None:
+    def __init__(self, program: str) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
+            [sys.executable, __file__, program, str(theirs.fileno())],
             env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
 
-    def run(self, arguments: Sequence[str], directory: Path) -> subprocess.CompletedProcess[str]:
-        with tempfile.TemporaryDirectory() as output:
-            stdout, stderr = Path(output, "stdout"), Path(output, "stderr")
-            request = [list(arguments), *map(os.fspath, (directory, stdout, stderr))]
+    def run(self, arguments: Sequence[str], directory: Path, text: str) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory() as streams:
+            stdin, stdout, stderr = (Path(streams, name) for name in ("stdin", "stdout", "stderr"))
+            stdin.write_text(text)
+            request = [list(arguments), *map(os.fspath, (directory, stdin, stdout, stderr))]
             self._socket.send(json.dumps(request).encode())
             status = int(self._socket.recv(16))
             return subprocess.CompletedProcess(
@@ -101,10 +106,10 @@ def serve(requests: socket.socket) -> list[str]:
     return []
 
 
-def _become(arguments: list[str], directory: str, *outputs: str) -> list[str]:
+def _become(arguments: list[str], directory: str, *streams: str) -> list[str]:
     os.chdir(directory)
-    for number, name in enumerate(outputs, 1):
-        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT)
+    for number, name in enumerate(streams):
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
     # One that hangs is killed.
@@ -112,13 +117,14 @@ def _become(arguments: list[str], directory: str, *outputs: str) -> list[str]:
     return arguments
 
 
-def _program(*arguments: Any) -> int:
+def _program(program: str, descriptor: str) -> int:
     # What takes so long.  Not numpy, which starts threads that a fork would lose.
     import qmpd.cli.serve  # noqa: F401
-    from qmpd.cli.main import main
 
-    given = serve(socket.socket(fileno=int(arguments[0])))
-    return main(given) if given else 0
+    main = import_module(program).main
+    given = serve(socket.socket(fileno=int(descriptor)))
+    status: int = main(given) if given else 0
+    return status
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ CHARDEV_SETTINGS: Final[Mapping[str, Kind]] = {
 CHARDEV_KINDS: Final = ("null", "ringbuf", "socket", "stdio")
 
 #: What QEMU's sockets can do and ours cannot: refused, because leaving it out would change what is promised.
-_UNSUPPORTED: Final = (
+UNSUPPORTED: Final = (
     "ipv4",
     "ipv6",
     "logfile",
@@ -75,7 +75,7 @@ def chardev_config(text: str) -> ChardevConfig:
 def _config(settings: Mapping[str, Any]) -> ChardevConfig:
     if settings["backend"] not in CHARDEV_KINDS:
         raise Error(f"'{settings['backend']}' is not a valid char driver name")
-    for name in _UNSUPPORTED:
+    for name in UNSUPPORTED:
         if settings.get(name):
             raise Error(f"Parameter '{name}' is not supported by qmpd")
     if settings["backend"] == "ringbuf" and settings.get("size", 1).bit_count() != 1:

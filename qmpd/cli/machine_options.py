@@ -125,6 +125,8 @@ def _check_property(machine_type: MachineType, name: str, value: Any) -> None:
         raise Error(f"Parameter '{name}' does not accept value '{value}'")
     if value not in MACHINE_CHOICES.get(name, (value,)):
         raise Error(f"Parameter '{name}' does not accept value '{value}'")
+    if property_.type == "int":
+        option_values.number(name, value)
     if property_.type == "size":
         from qmpd.qapi.keyval import read_size
 

@@ -43,6 +43,10 @@ _DATA: Final = re.compile(r"""(\bdata["']?\s*[=:])""")
 _QUOTED: Final = re.compile(r"'([^']+)'")
 
 
+#: Options that may hold a passphrase; an emulator's program has a second name for some of them.
+_OBJECTS: Final = ("memory-backend", "object")
+
+
 @contextmanager
 def naming(option: Option) -> Iterator[None]:
     """Put the option in front of what is wrong with it, but no passphrase."""
@@ -50,7 +54,7 @@ def naming(option: Option) -> Iterator[None]:
         yield
     except Error as error:
         text, desc = option.text, error.desc
-        if option.name == "object":
+        if option.name in _OBJECTS:
             text, desc = _without_passphrase(text, desc)
         raise Error(f"{text}: {desc}" if text else desc, error.hint) from None
 

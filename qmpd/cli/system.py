@@ -39,7 +39,7 @@ _PHASES: Final[tuple[Mapping[str, str], ...]] = (
 
 #: An object that is memory, in either spelling: QEMU makes it after the block nodes.
 _MEMORY_BACKEND: Final = re.compile(
-    r"""(\A|\bqom-type["']?\s*[=:]\s*["']?)memory-backend-(file|memfd|ram)\b"""
+    r"""\A(?:(?:qom-type=)?|\{.*"qom-type"\s*:\s*")memory-backend-(?:file|memfd|ram)\b""", re.DOTALL
 )
 
 

@@ -38,9 +38,8 @@ and -device also take a JSON object.
 _EXAMPLES: Final = """\
 Example:
   {program} -M q35 -nodefaults -display none -S \\
-      -device pcie-root-port,id=port1 -qmp unix:/run/machine.sock,server=on,wait=off
-
-In a libvirt domain: <emulator>, see docs/libvirt.md.
+      -device pcie-root-port,id=port1 \\
+      -qmp unix:/run/machine.sock,server=on,wait=off
 """
 
 

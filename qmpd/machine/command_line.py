@@ -18,7 +18,7 @@ from qmpd.errors import Error
 class MachineProperty:
     """A property of machines.
 
-    :param type: ``bool``, ``OnOffAuto``, ``size`` or ``string``.
+    :param type: ``bool``, ``OnOffAuto``, ``int``, ``size`` or ``string``.
     :param families: the families of machine types that have it.
     :param refused: why it can't be given, if it can't.
     """
@@ -47,7 +47,8 @@ MACHINE_PROPERTIES: Final[Mapping[str, MachineProperty]] = {
     **_properties("default-bus-bypass-iommu fd-bootchk hmat hpet i8042 nvdimm sata smbus", "bool", _PC),
     **_properties("acpi pic pit smm vmport", "OnOffAuto", _PC),
     **_properties("max-fw-size max-ram-below-4g", "size", _PC),
-    **_properties("dt-compatible firmware memory-backend phandle-start", "string"),
+    **_properties("dt-compatible firmware memory-backend", "string"),
+    **_properties("phandle-start", "int"),
     **_properties(
         "bus-lock-ratelimit nvdimm-persistence pcspk-audiodev smbios-entry-point-type"
         " x-oem-id x-oem-table-id",
@@ -68,6 +69,7 @@ MACHINE_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {"smbios-entry-point-typ
 _SHOWN: Final[Mapping[str, str]] = {
     "bool": "boolean",
     "OnOffAuto": "boolean",
+    "int": "number",
     "size": "size",
     "string": "string",
 }
