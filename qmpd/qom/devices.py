@@ -170,6 +170,13 @@ class Devices:
         self._commit(device, name)
         return device
 
+    @property
+    def top_bus(self) -> Bus:
+        """The bus that all others hang from: the machine's, or where there is none, the PCI bus."""
+        if self._root_bus is None or self._system_bus.parent is not None:
+            return self._system_bus
+        return self._root_bus
+
     def _find_bus(self, model: Model, wanted: object) -> Bus:
         if isinstance(wanted, str):
             named = self._bus_at(wanted)

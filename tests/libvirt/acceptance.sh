@@ -454,6 +454,32 @@ part_typed() {
     ok "the second domain's definition goes" virsh undefine second
 }
 
+# human DOMAIN LINE: a command of the monitor for people.
+human() { virsh qemu-monitor-command "$1" --hmp "$2"; }
+
+part_human() {
+    says "a person asks for the run state" '^VM status: paused' human acc 'info status'
+    says "and the name" '^acc' human acc 'info name'
+    says "and the version" '^10\.' human acc 'info version'
+    ok "a disk is attached" virsh attach-device acc vda.xml
+    says "a person sees the disk" 'luks, encrypted' human acc 'info block'
+    says "on its device" 'Attached to: +/machine/peripheral/virtio-disk0/virtio-backend' human acc 'info block'
+    says "and its images" '^file format: luks' human acc 'info block -n -v'
+    says "and its counters" 'rd_operations=[0-9]+ wr_operations=' human acc 'info blockstats'
+    says "and where it is plugged in" 'dev: virtio-blk-pci, id "virtio-disk0"' human acc 'info qtree -b'
+    says "a disk without a model is refused" "'frob' is not a valid device model name" human acc 'device_add frob'
+    quickly "the disk is detached" virsh detach-device acc vda.xml
+    says "a wrong command is answered" "^unknown command: 'frob'" human acc 'frob it'
+    says "a wrong line is answered" 'Try "help info block" for more information' human acc 'info block -x'
+    ok "a person makes a secret" human acc 'object_add secret,id=people,data=hunter2'
+    says "it is there" '"secret"' human acc 'qom-get /objects/people type'
+    ok "and removes it" human acc 'object_del people'
+    ok "a person lets the machine go on" human acc cont
+    becomes "libvirt notices" 'running' virsh domstate acc
+    ok "and stops it" human acc stop
+    becomes "libvirt notices that too" 'paused' virsh domstate acc
+}
+
 part_states() {
     local event
     watch_events acc
@@ -610,7 +636,7 @@ part_shutdown() {
 # -- All of them ----------------------------------------------------------------------------------------------
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(luks passphrase disks scsi typed states destroy reconnect crash
+[ ${#parts[@]} -gt 0 ] || parts=(luks passphrase disks scsi typed human states destroy reconnect crash
     interrupted messages)
 
 kind=unknown

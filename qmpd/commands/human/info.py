@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from qmpd.commands.human import printed
+from qmpd.commands.human import device_tree, printed
 from qmpd.commands.human.command import Command
 from qmpd.commands.human.line import Flag, Word
 from qmpd.commands.human.qmp import Qmp
@@ -90,6 +90,10 @@ def _objects(found: Object, indent: str) -> Iterator[str]:
         yield from _objects(child, f"{indent}  ")
 
 
+async def _device_tree(qmp: Qmp, brief: bool) -> str:
+    return "".join(f"{line}\n" for line in device_tree.lines(qmp.parts.devices.top_bus, brief=brief))
+
+
 async def _status(qmp: Qmp) -> str:
     return printed.status(await qmp.call("query-status"))
 
@@ -121,6 +125,7 @@ INFO: Final = (
     Command("name", "", "the machine's name", _name, needs="query-name"),
     Command("qdm", "", "models of devices", _models),
     Command("qom-tree", "[path]", "objects with those below them", _qom_tree, (Word(optional=True),)),
+    Command("qtree", "[-b]", "devices on their buses; with -b just their names", _device_tree, (Flag("b"),)),
     Command("status", "", "whether the machine runs", _status, needs="query-status"),
     Command("uuid", "", "the machine's UUID", _uuid, needs="query-uuid"),
     Command("version", "", "the version", _version),

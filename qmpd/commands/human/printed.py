@@ -55,13 +55,9 @@ def json(value: Any) -> str:
 
 
 def disk(info: Mapping[str, Any], *, verbose: bool) -> str:
-    """BlockInfo."""
+    """BlockInfo of a disk, which goes by the name of its node, as disks have no names of their own."""
     inserted = info.get("inserted")
-    name = info["device"] or (inserted or {}).get("node-name")
-    if info["device"] and inserted is not None:
-        name = f"{info['device']} ({inserted['node-name']})"
-    elif not name:
-        name = info.get("qdev") or "<anonymous>"
+    name = info.get("qdev") or "<anonymous>" if inserted is None else inserted["node-name"]
     lines = [f"{name}: {'[not inserted]' if inserted is None else _image_and_traits(inserted)}"]
     if "qdev" in info:
         lines.append(f"    Attached to:      {info['qdev']}")
@@ -167,7 +163,7 @@ def _format_order(member: tuple[str, Any]) -> int:
 def counters(stats: Mapping[str, Any]) -> str:
     """BlockStats of a disk."""
     shown = " ".join(f"{name}={stats['stats'].get(name, 0)}" for name in _COUNTERS)
-    return f"{stats.get('device', '')}: {shown}\n"
+    return f"{stats['device']}: {shown}\n"
 
 
 # -- others
