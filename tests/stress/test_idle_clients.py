@@ -11,7 +11,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -56,7 +56,13 @@ def crowd_of(daemon: RunningDaemon, number: int) -> Iterator[list[socket.socket]
 
 
 def descriptors(daemon: RunningDaemon) -> int:
-    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+    """The sockets of a daemon: what the event loop keeps besides, some of it in reserve, does not count."""
+    directory = Path(f"/proc/{daemon.process.pid}/fd")
+    count = 0
+    for each in directory.iterdir():
+        with suppress(FileNotFoundError):
+            count += os.readlink(each).startswith("socket:")
+    return count
 
 
 def wait_for_descriptors(daemon: RunningDaemon, wanted: Callable[[int], bool]) -> int:
@@ -146,7 +152,8 @@ def test_when_the_descriptors_are_used_up_the_others_are_served_on(start_daemon:
     with Wire(daemon.directory / "nbd.sock") as early:
         early.go("disk")
         with crowd_of(daemon, 1000):
-            wait_for_descriptors(daemon, lambda count: count >= 120)
+            # The rest are files of the loop's and of the daemon's own.
+            wait_for_descriptors(daemon, lambda count: count >= 100)
             for _ in range(100):
                 daemon.execute("query-version")
                 assert early.ask(READ, 0, 4096).error == 0
