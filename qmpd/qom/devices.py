@@ -250,7 +250,7 @@ class Devices:
         device.given = frozenset(values)
         device.values.update((name, value) for name, value in values.items() if name not in HISTORIC)
 
-    def _check_boot_index(self, index: int, device: Device) -> None:
+    def _check_boot_index(self, index: int, device: Device | None) -> None:
         if index < 0:
             return
         for other in self._all():
@@ -360,7 +360,8 @@ class Devices:
     # -- changing
 
     def _set_boot_index(self, device: Device, index: int) -> None:
-        self._check_boot_index(index, device)
+        # QEMU refuses the one that the device has already, too.
+        self._check_boot_index(index, None)
         device.values["bootindex"] = index
 
     async def _set_drive(self, device: Device, name: str) -> None:
