@@ -39,6 +39,7 @@ from qmpd.qom.models import (
     absent_properties,
 )
 from qmpd.qom.object import Object, schema_properties
+from qmpd.qom.pci_info import pci_info
 from qmpd.qom.tree import ObjectTree
 from qmpd.qom.types import TYPES
 
@@ -169,6 +170,10 @@ class Devices:
             self._attach(device, node, path)
         self._commit(device, name)
         return device
+
+    def pci_info(self) -> list[dict[str, Any]]:
+        """What is on the root bus, as PciInfo; nothing if there is none."""
+        return [] if self._root_bus is None else [pci_info(self._root_bus)]
 
     @property
     def top_bus(self) -> Bus:
