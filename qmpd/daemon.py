@@ -94,6 +94,7 @@ class Daemon:
             pbkdf_memory=pbkdf_memory,
             validate=self._validated_blockdev_options,
             corrupted=self._image_corrupted,
+            exceeded=self._threshold_exceeded,
             fdsets=self._fdsets,
         )
         self._jobs = Jobs(self._emit)
@@ -277,6 +278,10 @@ class Daemon:
         if size >= 0:
             data["size"] = size
         self._emit("BLOCK_IMAGE_CORRUPTED", {**data, "fatal": fatal})
+
+    def _threshold_exceeded(self, node: Node, threshold: int, end: int) -> None:
+        data = {"node-name": node.name, "amount-exceeded": end - threshold, "write-threshold": threshold}
+        self._emit("BLOCK_WRITE_THRESHOLD", data)
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
         self._events.emit(name, data)

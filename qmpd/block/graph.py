@@ -88,6 +88,9 @@ class _Section:
 #: bytes, -1 where that says nothing; whether the image can't be used any more.
 Corrupted = Callable[[Node, str, int, int, bool], None]
 
+#: Is told of a write beyond a node's threshold: the node; the threshold; where the write ends, in bytes.
+Exceeded = Callable[[Node, int, int], None]
+
 
 class Graph:
     """All nodes of a daemon and their users.
@@ -101,6 +104,7 @@ class Graph:
     :param validate: checks BlockdevOptions that stand in an image's header, and returns them with
         numbers where there were strings for numbers; raises Error.
     :param corrupted: is told when a driver finds that an image is damaged.
+    :param exceeded: is told of writes beyond a node's threshold.
     :param fdsets: the descriptors that file names like `/dev/fdset/0` stand for.
     """
 
@@ -114,9 +118,11 @@ class Graph:
         pbkdf_memory: int | None = None,
         validate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
         corrupted: Corrupted | None = None,
+        exceeded: Exceeded | None = None,
         fdsets: FdSets | None = None,
     ) -> None:
         self._corrupted = corrupted
+        self._exceeded = exceeded
         self.fdsets = fdsets or FdSets()
         self.passed_locks = PassedLocks()
         self._drivers = drivers
@@ -183,6 +189,11 @@ class Graph:
         """A driver has found that its image is damaged; see `Corrupted`."""
         if self._corrupted is not None:
             self._corrupted(node, message, offset, size, fatal)
+
+    def report_threshold(self, node: Node, threshold: int, end: int) -> None:
+        """Somebody writes beyond a node's threshold; see `Exceeded`."""
+        if self._exceeded is not None:
+            self._exceeded(node, threshold, end)
 
     # -- adding
 

@@ -134,6 +134,8 @@ class Node(ABC):
         self.parents: list[Edge] = []
         #: The end of the highest write so far, in bytes.
         self.write_highest_offset = 0
+        #: A write that ends beyond this, in bytes, is told of, and the threshold then gone; 0 is none.
+        self.write_threshold = 0
         self._writes = TrackedWrites()
         self._resizing = asyncio.Lock()
         #: The name and the format of the backing image that the image's own header names; a driver
@@ -490,6 +492,7 @@ class Node(ABC):
                     padded[-alignment:] = memoryview(await self._pread(end - alignment, alignment))
                 padded[head : head + length] = view
                 view = memoryview(padded)
+            self._watch_threshold(end)
             await self._pwrite(start, view)
         self.write_highest_offset = max(self.write_highest_offset, offset + length)
 
@@ -516,6 +519,8 @@ class Node(ABC):
         if not simple:
             return [await outcome_of(self.pwrite(offset, data, grow=grow)) for offset, data in writes]
         with self._writes.hold(ranges):
+            for _, end in ranges:
+                self._watch_threshold(end)
             outcomes = await self._pwrite_many(writes)
         for (_, end), failure in zip(ranges, outcomes, strict=True):
             if failure is None and end > self.write_highest_offset:
@@ -539,6 +544,7 @@ class Node(ABC):
         if offset % self.request_alignment == 0 and length % self.request_alignment == 0:
             try:
                 async with self._writes.track(offset, offset + length, serialising=False):
+                    self._watch_threshold(offset + length)
                     await self._pwrite_zeroes(offset, length, unmap)
                 self.write_highest_offset = max(self.write_highest_offset, offset + length)
                 return
@@ -556,6 +562,7 @@ class Node(ABC):
             head, tail = offset % alignment, -(offset + piece) % alignment
             start, end = offset - head, offset + piece + tail
             async with self._writes.track(start, end, serialising=bool(head or tail)):
+                self._watch_threshold(end)
                 if head or tail:
                     padded = bytearray(memoryview(await self._pread(start, end - start)))
                     padded[head : head + piece] = zeroes[:piece]
@@ -634,6 +641,11 @@ class Node(ABC):
         # Two at a time could leave the node with one size and its storage with the other.
         async with self._resizing:
             await self._truncate(size, preallocation)
+
+    def _watch_threshold(self, end: int) -> None:
+        if 0 < self.write_threshold < end:
+            threshold, self.write_threshold = self.write_threshold, 0
+            self.graph.report_threshold(self, threshold, end)
 
     def _check_writable(self) -> None:
         if self.read_only:

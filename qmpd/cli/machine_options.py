@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from qmpd.cli import option_values
 from qmpd.cli.option_values import Check
-from qmpd.cli.options import Option, naming
+from qmpd.cli.options import Nameless, Option, naming
 from qmpd.errors import Error
 from qmpd.machine import types
 from qmpd.machine.command_line import MACHINE_CHOICES, MACHINE_PROPERTIES, PARAMETERS
@@ -195,13 +195,18 @@ def _memory(text: str, machine_type: types.MachineType = types.DEFAULT) -> int:
     most: int = given.get("maxmem", 0)
     slots: int = given.get("slots", 0)
     if slots and not most:
-        raise Error("slots specified but no max-size")
+        raise Nameless("slots specified but no max-size")
     if slots > _MOST_SLOTS:
-        raise Error(f"unsupported amount of memory slots: {slots}")
+        raise Nameless(f"unsupported amount of memory slots: {slots}")
     if most and most < size:
-        raise Error(
+        raise Nameless(
             f"invalid value of maxmem: maximum memory size ({most:#x}) must be at least"
             f" the initial memory size ({size:#x})"
+        )
+    if slots and most == size:
+        raise Nameless(
+            "invalid value of maxmem: memory slots were specified but maximum memory size"
+            f" ({most:#x}) is equal to the initial memory size ({size:#x})"
         )
     return -(-size // _GRANULE) * _GRANULE
 
@@ -255,7 +260,7 @@ def _processors(given: Mapping[str, Any], machine_type: MachineType) -> int:
         # Whatever is missing makes up for the rest; the cores first.
         for name in ("cores", "sockets", "threads"):
             if name not in counts:
-                levels[name] = most // prod(n for level, n in levels.items() if level != name) or 1
+                levels[name] = most // prod(n for level, n in levels.items() if level != name)
                 break
     cpus = counts.get("cpus", most)
     hierarchy = _hierarchy(levels)

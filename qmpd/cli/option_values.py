@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from qmpd.cli.options import Nameless
 from qmpd.errors import Error
 from qmpd.machine.command_line import PARAMETERS
 from qmpd.qapi.settings import HelpRequested, Kind, parse_settings
@@ -86,7 +87,9 @@ def one_of(values: str, wording: str) -> Check:
     return check
 
 
-def choice(given: Mapping[str, Any], name: str, values: str, wording: str) -> None:
+def choice(
+    given: Mapping[str, Any], name: str, values: str, wording: str, refusal: type[Error] = Error
+) -> None:
     """Check one parameter that has a few words for values.
 
     :param given: the parameters that were given.
@@ -95,7 +98,7 @@ def choice(given: Mapping[str, Any], name: str, values: str, wording: str) -> No
     :raise Error: if it is none of them.
     """
     if name in given and given[name] not in values.split():
-        raise Error(wording.format(name=name, value=given[name]))
+        raise refusal(wording.format(name=name, value=given[name]))
 
 
 #: What is said of a word that a parameter does not take.
@@ -132,6 +135,8 @@ def passed_descriptor(text: str) -> tuple[int, int, str | None]:
     """
     given = settings("add-fd", text)
     descriptor, fdset = (_c_int(given.get(name, -1)) for name in ("fd", "set"))
+    if 0 <= descriptor <= 2:
+        raise Error("fd cannot be a standard I/O stream")
     if descriptor < 0:
         raise Error("fd option is required and must be non-negative")
     if fdset < 0:
@@ -155,18 +160,18 @@ def check_boot(text: str) -> None:
     for name, value in given.items():
         known = PARAMETERS["boot-opts"].get(name)
         if known is None:
-            raise Error(f"Parameter 'boot.{name}' is unexpected")
+            raise Nameless(f"Parameter 'boot.{name}' is unexpected")
         if known == "number":
             number(f"boot.{name}", value)
         if known == "boolean" and value not in ("on", "off", "yes", "no", "true", "false", "y", "n"):
-            raise Error(f"Parameter 'boot.{name}' expects 'on' or 'off'")
+            raise Nameless(f"Parameter 'boot.{name}' expects 'on' or 'off'")
     for name in ("order", "once"):
         letters = given.get(name, "")
         for position, letter in enumerate(letters):
             if not "a" <= letter <= "p":
-                raise Error(f"Invalid boot device '{letter}'")
+                raise Nameless(f"Invalid boot device '{letter}'")
             if letter in letters[:position]:
-                raise Error(f"Boot device '{letter}' was given twice")
+                raise Nameless(f"Boot device '{letter}' was given twice")
 
 
 def check_rtc(text: str) -> None:
@@ -174,11 +179,11 @@ def check_rtc(text: str) -> None:
     given = settings("rtc", text)
     base = given.get("base", "utc")
     if base not in ("utc", "localtime") and not re.fullmatch(r"\d+-\d+-\d+(T\d+:\d+:\d+)?", base, re.ASCII):
-        raise Error(
+        raise Nameless(
             "invalid datetime format", hint="utc, localtime, 2006-06-17 and 2006-06-17T16:01:21 are valid"
         )
-    choice(given, "clock", "host rt vm", "invalid option value '{value}'")
-    choice(given, "driftfix", "none slew", "invalid option value '{value}'")
+    choice(given, "clock", "host rt vm", "invalid option value '{value}'", Nameless)
+    choice(given, "driftfix", "none slew", "invalid option value '{value}'", Nameless)
 
 
 def check_overcommit(text: str) -> None:
@@ -342,10 +347,10 @@ def check_cpu(text: str) -> None:
     if not model:
         raise Error("-cpu option cannot be empty")
     if model == "host":
-        raise Error("CPU model 'host' requires KVM or HVF")
+        raise Nameless("CPU model 'host' requires KVM or HVF")
     name, dash, version = model.rpartition("-v")
     if model not in CPU_MODELS and not (dash and version.isdecimal() and name in CPU_MODELS):
-        raise Error(f"unable to find CPU model '{model}'")
+        raise Nameless(f"unable to find CPU model '{model}'")
     for feature in features:
         if not re.fullmatch(r"[+-]?[a-zA-Z0-9][a-zA-Z0-9._-]*(=.*)?", feature, re.DOTALL):
             raise Error(f"'{feature}' is no feature of a processor")

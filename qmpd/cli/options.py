@@ -20,6 +20,10 @@ class OptionError(Error):
     """An argument that is no option of ours, or an option without its value."""
 
 
+class Nameless(Error):
+    """What is wrong with an option of an emulator is only seen when QEMU no longer knows the option."""
+
+
 class Answered(Exception):
     """An option was a question, and this is the answer; the program ends well."""
 
@@ -44,7 +48,7 @@ _QUOTED: Final = re.compile(r"'([^']+)'")
 
 
 #: Options that may hold a passphrase; an emulator's program has a second name for some of them.
-_OBJECTS: Final = ("memory-backend", "object")
+_OBJECTS: Final = ("emulator-object", "memory-backend", "object")
 
 
 @contextmanager
@@ -56,7 +60,9 @@ def naming(option: Option) -> Iterator[None]:
         text, desc = option.text, error.desc
         if option.name in _OBJECTS:
             text, desc = _without_passphrase(text, desc)
-        raise Error(f"{text}: {desc}" if text else desc, error.hint) from None
+        # An argument that is empty has a name to be told by all the same.
+        named = (text or not option.name) and not isinstance(error, Nameless)
+        raise Error(f"{text}: {desc}" if named else desc, error.hint) from None
 
 
 def _without_passphrase(text: str, desc: str) -> tuple[str, str]:

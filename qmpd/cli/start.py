@@ -8,6 +8,7 @@ its own for is read by :mod:`qmpd.cli.chardev_options`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from qmpd.cli import chardev_options, option_values
-from qmpd.cli.options import Answered, Option, naming
+from qmpd.cli.options import Answered, Nameless, Option, naming
 from qmpd.errors import Error
 from qmpd.monitor.chardev import ChardevConfig
 from qmpd.qapi import HelpRequested, Schema
@@ -42,7 +43,8 @@ class Start:
     _shortcuts: int = field(default=0, init=False)
     _descriptors: set[int] = field(default_factory=set, init=False)
     _identifiers: set[str] = field(default_factory=set, init=False)
-    _device_ids: set[str] = field(default_factory=set, init=False)
+    #: What emulator's options of the form ``key=value,...`` have made: kinds of things, and their ids.
+    _noted: set[tuple[str, str]] = field(default_factory=set, init=False)
     #: The character devices of ``-qmp`` options that have no monitor yet.
     _prepared: deque[str] = field(default_factory=deque, init=False)
 
@@ -74,11 +76,29 @@ class Start:
         await self.daemon.add_monitor(identifier, False)
 
     async def _object(self, option: Option) -> None:
+        await self.daemon.add_object(self._object_options("ObjectOptions", option.value))
+
+    def _object_options(self, type_name: str, text: str) -> dict[str, Any]:
         try:
-            arguments = self._schema.from_option("ObjectOptions", option.value, "qom-type")
+            arguments: dict[str, Any] = self._schema.from_option(type_name, text, "qom-type")
         except HelpRequested as request:
             raise Answered(object_help(self._schema, request.options.get("qom-type"))) from None
-        await self.daemon.add_object(arguments)
+        return arguments
+
+    async def _emulator_object(self, option: Option, type_name: str = "ObjectOptions") -> None:
+        """An emulator's ``-object``, which QEMU reads by another parser, and forgets before it is made."""
+        try:
+            arguments = self._object_options(type_name, option.value)
+        except Error as error:
+            if option.value.startswith("{"):
+                raise
+            raise Error(_as_parsed_by_emulators(error.desc)) from None
+        if not option.value.startswith("{"):
+            self._note("object", arguments["id"])
+        try:
+            await self.daemon.add_object(arguments)
+        except Error as error:
+            raise Nameless(error.desc, error.hint) from None
 
     async def _blockdev(self, option: Option) -> None:
         arguments = self._schema.from_option("BlockdevOptions", option.value, "driver")
@@ -92,17 +112,18 @@ class Start:
                 arguments = parse_settings(option.value, None, "driver")
             except dialect.HelpRequested:
                 raise Error("Help is not available for this option") from None
-            self._note_device_id(arguments.get("id"))
+            self._note("device", arguments.get("id"))
         if "driver" not in arguments:
             raise Error("Parameter 'driver' is missing")
         await self.daemon.add_device(arguments)
 
-    def _note_device_id(self, device_id: str | None) -> None:
-        """See that no other option of the form ``key=value,...`` has made a device with this id."""
-        if device_id in self._device_ids:
-            raise Error(f"Duplicate ID '{device_id}' for device")
-        if device_id is not None:
-            self._device_ids.add(device_id)
+    def _note(self, kind: str, identifier: str | None) -> None:
+        """See that no other option of the form ``key=value,...`` has made such a thing with this id."""
+        if identifier is None:
+            return
+        if (kind, identifier) in self._noted:
+            raise Error(f"Duplicate ID '{identifier}' for {kind}")
+        self._noted.add((kind, identifier))
 
     async def _chardev(self, option: Option) -> None:
         try:
@@ -138,6 +159,8 @@ class Start:
         if "chardev" not in settings:
             raise Error("Parameter 'chardev' is missing")
         option_values.choice(settings, "mode", "readline control", option_values.NOT_ACCEPTED)
+        if settings["chardev"] not in self._identifiers:
+            raise Error(f'chardev "{settings["chardev"]}" not found')
         if settings.get("mode") != "control":
             raise Error("Only QMP is supported: add mode=control")
         await self.daemon.add_monitor(settings["chardev"], settings.get("pretty", False))
@@ -152,11 +175,16 @@ class Start:
         self.daemon.add_fd(descriptor, fdset, opaque)
 
     async def _memory_backend(self, option: Option) -> None:
-        arguments = self._schema.from_option("MemoryBackendOptions", option.value, "qom-type")
-        await self.daemon.add_object(arguments)
+        await self._emulator_object(option, "MemoryBackendOptions")
 
     async def _memory(self, option: Option) -> None:
         self.daemon.use_memory(option.value)
+
+    async def _emulator_chardev(self, option: Option) -> None:
+        """An emulator's ``-chardev``, whose ids are looked at before there are character devices."""
+        found = re.search(r"(?:\A|,)id=([^,]*)", option.value)
+        self._note("chardev", found and found[1])
+        await self._chardev(option)
 
     async def _add_chardev(self, config: ChardevConfig) -> None:
         if self.daemonize:
@@ -208,6 +236,21 @@ class Start:
         raise Error("Unexpected argument")
 
 
+#: How what makes objects of an emulator's options words what is wrong with a value.
+_EMULATOR_WORDINGS: Final = (
+    (re.compile(r"Parameter ('.*') is unexpected"), r"Invalid parameter \1"),
+    (re.compile(r"(Parameter '.*' expects) integer"), r"\1 an int64 value"),
+    (re.compile(r"(Parameter '.*' expects) (size|uint64)"), r"\1 a \2 value"),
+)
+
+
+def _as_parsed_by_emulators(desc: str) -> str:
+    for pattern, wording in _EMULATOR_WORDINGS:
+        if found := pattern.fullmatch(desc):
+            return found.expand(wording)
+    return desc
+
+
 _ACTIONS: Final[Mapping[str, Callable[[Start, Option], Awaitable[None]]]] = {
     "": Start._unexpected,
     "add-fd": Start._add_fd,
@@ -215,6 +258,8 @@ _ACTIONS: Final[Mapping[str, Callable[[Start, Option], Awaitable[None]]]] = {
     "chardev": Start._chardev,
     "device": Start._device,
     "device-exports": Start._device_exports,
+    "emulator-chardev": Start._emulator_chardev,
+    "emulator-object": Start._emulator_object,
     "export": Start._export,
     "memory": Start._memory,
     "memory-backend": Start._memory_backend,

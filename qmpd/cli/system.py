@@ -25,8 +25,8 @@ PROGRAM: Final = "qmpd-system-x86_64"
 #: :mod:`qmpd.cli.start` knows what is to be done.
 _PHASES: Final[tuple[Mapping[str, str], ...]] = (
     {"add-fd": "add-fd"},
-    {"object": "object"},
-    {"chardev": "chardev", "qmp": "qmp-chardev", "qmp-pretty": "qmp-chardev", "qtest": "qtest"},
+    {"object": "emulator-object"},
+    {"chardev": "emulator-chardev", "qmp": "qmp-chardev", "qmp-pretty": "qmp-chardev", "qtest": "qtest"},
     {"blockdev": "blockdev"},
     {"memory-backend": "memory-backend"},
     {"memory": "memory"},

@@ -81,6 +81,16 @@ async def block_resize(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any
     return {}
 
 
+def block_set_write_threshold(parts: Parts, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Have a write beyond an offset told of, once."""
+    name = arguments["node-name"]
+    node = parts.graph.find(name)
+    if node is None:
+        raise Error(f"Device '{name}' not found")
+    node.write_threshold = arguments["write-threshold"] % (1 << 64)
+    return {}
+
+
 # -- changing what is there
 
 
@@ -282,7 +292,8 @@ def block_device_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
         "drv": node.driver,
         "iops": 0,
         "bps_wr": 0,
-        "write_threshold": 0,
+        # Shown as the signed number that it is for QEMU.
+        "write_threshold": (node.write_threshold + (1 << 63)) % (1 << 64) - (1 << 63),
         "encrypted": node.encrypted,
         "bps": 0,
         "bps_rd": 0,
@@ -386,6 +397,7 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "blockdev-amend": blockdev_amend,
     "x-blockdev-amend": blockdev_amend,
     "block_resize": block_resize,
+    "block-set-write-threshold": block_set_write_threshold,
     "blockdev-reopen": blockdev_reopen,
     "blockdev-snapshot": blockdev_snapshot,
     "blockdev-snapshot-sync": blockdev_snapshot_sync,

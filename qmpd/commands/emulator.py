@@ -55,6 +55,11 @@ def device_list_properties(parts: Parts, arguments: dict[str, Any]) -> list[dict
     return parts.objects.list_device_properties(arguments["typename"])
 
 
+def query_pci(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The devices on the root bus."""
+    return parts.devices.pci_info()
+
+
 def query_command_line_options(parts: Parts, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The options of the command line."""
     return list(command_line.options(arguments.get("option")))
@@ -73,6 +78,7 @@ def query_cpu_model_expansion(parts: Parts, arguments: dict[str, Any]) -> dict[s
 HANDLERS: Final[Mapping[str, Handler]] = {
     "device-list-properties": device_list_properties,
     "query-command-line-options": query_command_line_options,
+    "query-pci": query_pci,
     "query-target": query_target,
     "query-machines": query_machines,
     "query-cpu-definitions": query_cpu_definitions,

@@ -13,7 +13,9 @@ from qmpd.qom.models import DEFAULTS, REALIZED, Model, device_property_types
 from qmpd.qom.object import Object, Property
 
 #: What nobody may set, whatever else is refused about a device.
-_FIXED: Final = frozenset({"parent_bus", "hotplugged", "hotpluggable", "legacy-addr", "virtio-backend"})
+_FIXED: Final = frozenset(
+    {"parent_bus", "hotplugged", "hotpluggable", "legacy-addr", "busnr", "virtio-backend"}
+)
 
 
 class DeviceHalf(Object):
@@ -104,6 +106,9 @@ class Device(DeviceHalf):
                 return self.hotplugged
             case "virtio-backend":
                 return self.children[name].path
+            case "busnr":
+                # No firmware has given its bus a number.
+                return 0
             case "legacy-addr":
                 return "{:02x}.{:x}".format(*divmod(self.values["addr"], 8))
         return self.values[name]

@@ -39,6 +39,7 @@ from qmpd.qom.models import (
     absent_properties,
 )
 from qmpd.qom.object import Object, schema_properties
+from qmpd.qom.pci_info import pci_info
 from qmpd.qom.tree import ObjectTree
 from qmpd.qom.types import TYPES
 
@@ -170,6 +171,10 @@ class Devices:
         self._commit(device, name)
         return device
 
+    def pci_info(self) -> list[dict[str, Any]]:
+        """What is on the root bus, as PciInfo; nothing if there is none."""
+        return [] if self._root_bus is None else [pci_info(self._root_bus)]
+
     @property
     def top_bus(self) -> Bus:
         """The bus that all others hang from: the machine's, or where there is none, the PCI bus."""
@@ -250,7 +255,7 @@ class Devices:
         device.given = frozenset(values)
         device.values.update((name, value) for name, value in values.items() if name not in HISTORIC)
 
-    def _check_boot_index(self, index: int, device: Device) -> None:
+    def _check_boot_index(self, index: int, device: Device | None) -> None:
         if index < 0:
             return
         for other in self._all():
@@ -360,7 +365,8 @@ class Devices:
     # -- changing
 
     def _set_boot_index(self, device: Device, index: int) -> None:
-        self._check_boot_index(index, device)
+        # QEMU refuses the one that the device has already, too.
+        self._check_boot_index(index, None)
         device.values["bootindex"] = index
 
     async def _set_drive(self, device: Device, name: str) -> None:

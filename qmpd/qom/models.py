@@ -253,6 +253,7 @@ def device_property_types(schema: Schema, type_name: str) -> dict[str, str]:
         properties["iothread"] = "link<iothread>"
     if "addr" in properties:
         properties["legacy-addr"] = "str"
+        properties["busnr"] = "busnr"
     if type_name in MODELS and (inner := MODELS[type_name].inner):
         properties["virtio-backend"] = f"child<{inner}>"
     return properties

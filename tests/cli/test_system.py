@@ -121,10 +121,10 @@ def test_things_are_made_in_qemus_order_and_clients_are_served_last() -> None:
     )
     assert [(option.name, option.value) for option in _in_order(list(found))] == [
         ("add-fd", "f0"),
-        ("object", "secret,id=memory-backend-ram,data=qom-type=memory-backend-ram"),
+        ("emulator-object", "secret,id=memory-backend-ram,data=qom-type=memory-backend-ram"),
         ("qmp-chardev", "q0"),
-        ("chardev", "c0"),
-        ("chardev", "c1"),
+        ("emulator-chardev", "c0"),
+        ("emulator-chardev", "c1"),
         ("blockdev", "b0"),
         ("blockdev", "b1"),
         ("memory-backend", "memory-backend-ram,id=a"),

@@ -233,3 +233,32 @@ def test_a_storage_daemon_does_not_know_an_emulators_types(schema: Schema) -> No
     assert {"tcg-accel", "mch", "machine"}.isdisjoint(each["name"] for each in tree.list_types(abstract=True))
     with pytest.raises(DeviceNotFound, match="^Class 'memory-backend-file' not found$"):
         tree.list_properties("memory-backend-file")
+
+
+def test_a_pci_device_is_shown_by_its_numbers_at_its_place(machine: Make) -> None:
+    devices = machine("pc")
+    devices.add(disk("d", addr="4"))
+    devices.add({"driver": "virtio-scsi-pci", "id": "s", "addr": "3", "disable-legacy": "on", "vectors": 0})
+    (bus,) = devices.pci_info()
+    shown = [(each["slot"], each["function"], each["qdev_id"]) for each in bus["devices"]]
+    assert shown == [(0, 0, ""), (1, 0, ""), (1, 1, ""), (1, 3, ""), (3, 0, "s"), (4, 0, "d")]
+    modern, transitional = bus["devices"][-2:]
+    assert (modern["id"]["vendor"], modern["id"]["device"]) == (0x1AF4, 0x1048)
+    assert (transitional["id"]["vendor"], transitional["id"]["device"]) == (0x1AF4, 0x1001)
+    assert [region["bar"] for region in modern["regions"]] == [4]
+    assert [region["bar"] for region in transitional["regions"]] == [0, 1, 4]
+
+
+def test_nothing_is_seen_behind_a_port_to_which_nobody_gave_a_number(machine: Make) -> None:
+    devices = machine("q35")
+    devices.add(port("p", addr="2"), hotplugged=False)
+    devices.add(disk("d", bus="p"))
+    (bus,) = devices.pci_info()
+    assert [each["qdev_id"] for each in bus["devices"] if each["qdev_id"]] == ["p"]
+    (bridge,) = [each["pci_bridge"] for each in bus["devices"] if "pci_bridge" in each]
+    assert bridge["bus"]["secondary"] == 0
+    assert "devices" not in bridge
+
+
+def test_a_machine_without_pci_has_no_bus_to_show(machine: Make) -> None:
+    assert machine("none").pci_info() == []
