@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ _MOST_PROCESSES: Final = 64
 _LOOPS: Final = ("auto", "uvloop", "asyncio")
 #: The least that argon2 takes in a header of cryptsetup's, in KiB.
 _LEAST_PBKDF_MEMORY: Final = 32
+_STANDARD_ERROR: Final = 2
 
 
 @dataclass
@@ -121,6 +123,30 @@ def _complain(program: str, error: Error) -> None:
     """Say what went wrong: in one line, even if a JSON text was written on several; a hint may follow."""
     lines = [f"{program}: {' '.join(str(error).splitlines())}", *error.hint.splitlines()]
     print("\n".join(lines), file=sys.stderr, flush=True)
+    until_read(_STANDARD_ERROR)
+
+
+def until_read(descriptor: int, longest: float = 1.0) -> None:
+    """Wait until somebody has read what is in a pipe.
+
+    libvirt looks for the reason of a failed start in the log, as soon as the monitor closes; but the log is
+    written by another process of libvirt's, which may not have read our standard error by then.
+
+    :param descriptor: one end of the pipe; for anything else there is nothing to wait for.
+    :param longest: seconds to wait: perhaps nobody reads before we have ended.
+    """
+    import fcntl  # hardly any start fails: see the head of this file
+    import termios
+
+    deadline = time.monotonic() + longest
+    try:
+        while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
+            unread = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
+            if not int.from_bytes(unread, sys.byteorder):
+                return
+            time.sleep(0.002)
+    except OSError:  # it is closed, or can't tell
+        pass
 
 
 def run_daemon(

@@ -73,7 +73,7 @@ def usage(program: str) -> str:
             *_acting(),
             "",
             "What is accepted, because it can't matter here:",
-            *_names(option for option in OPTIONS.values() if option.fate is Fate.ACCEPTED),
+            *_acceptances(),
             "",
             "What is refused:",
             *_refusals(),
@@ -97,6 +97,20 @@ def _acting() -> Iterator[str]:
                 subsequent_indent=" " * 20,
                 break_on_hyphens=False,
             )
+
+
+def _acceptances() -> list[str]:
+    """Show an option with its value where that is the only one which can't matter: where it is a word."""
+    accepted = [option for option in OPTIONS.values() if option.fate is Fate.ACCEPTED]
+    words = [
+        f"-{option.name}" + (f"\0{option.value}" if option.value and not option.value.isupper() else "")
+        for option in accepted
+    ]
+    # An option and its value stay together: what looks like one word is not broken.
+    wrapped = textwrap.wrap(
+        " ".join(words), _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+    return [line.replace("\0", " ") for line in wrapped]
 
 
 def _names(options: Iterator[SystemOption], ending: str = "") -> list[str]:

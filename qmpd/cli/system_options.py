@@ -128,7 +128,7 @@ _TABLE: Final = (
     _acts("log", "LEVEL", "error, warning (default), info or debug"),
     _acts("loop", "LOOP", "auto (default), uvloop or asyncio"),
     # What can't matter
-    *_accepted("accel", "NAME"),
+    *_accepted("accel", "tcg|qtest"),
     *_accepted("cpu", "MODEL", option_values.check_cpu),
     *_accepted("numa", "VALUE", option_values.check_numa),
     *_accepted("boot", "VALUE", option_values.check_boot),

@@ -41,9 +41,9 @@ _FIRST_READ: Final = 512
 #: More characters than these are decoded by the standard library, all at once.
 _LONG_BASE64: Final = 4096
 
-#: RFC 3629, section 4.
+#: RFC 3629, section 4, without NUL, which ends a text in QEMU and is none of its characters.
 _UTF_8: Final = re.compile(
-    rb"(?:[\x00-\x7f]++|[\xc2-\xdf][\x80-\xbf]"
+    rb"(?:[\x01-\x7f]++|[\xc2-\xdf][\x80-\xbf]"
     rb"|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]"
     rb"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})*+"
 )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import struct
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 from daemons import CHECKOUT, PATIENCE, QMPD
 
+from qmpd.cli.process import until_read
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks1 import format_plan
 from qmpd.crypto.plan import Write
@@ -81,3 +84,32 @@ def test_a_failing_start_is_explained_before_the_monitor_closes(tmp_path: Path) 
         said = (tmp_path / "stderr").read_text()
     assert daemon.wait(PATIENCE) == 1
     assert "No such file or directory" in said
+
+
+def test_what_is_said_of_a_failing_start_has_been_read_when_the_monitor_closes() -> None:
+    # libvirt's log is written by a process of its own, which reads the daemon's standard error.
+    reader, writer = os.pipe()
+    os.write(writer, b"the reason")
+    log = threading.Timer(0.05, lambda: os.read(reader, 100))
+    log.start()
+    until_read(writer, PATIENCE)
+    assert not select.select([reader], [], [], 0)[0]
+    log.join()
+    os.close(reader)
+    os.close(writer)
+    until_read(writer, 10 * PATIENCE)  # longer than a test may take
+
+
+def test_nobody_waits_until_a_file_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+b", buffering=0) as log:
+        log.write(b"the reason")
+        log.seek(0)
+        until_read(log.fileno(), 10 * PATIENCE)
+
+
+def test_a_reason_that_nobody_reads_is_not_waited_for_for_ever() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"the reason")
+    until_read(writer, 0.02)
+    os.close(reader)
+    os.close(writer)

@@ -71,6 +71,8 @@ def test_help_says_what_it_is_not_and_names_every_option(
     text = answer(preloaded, tmp_path, "-machine", "q36", option)
     assert max(map(len, text.splitlines())) < 80
     assert "no guest" in text
+    assert "-display none" in text
+    assert "-sandbox off" in text
     words = set(text.replace(":", " ").split())
     for known in OPTIONS.values():
         assert known.fate is Fate.FOREIGN or not known.name or f"-{known.name}" in words, known.name

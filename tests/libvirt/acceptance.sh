@@ -372,6 +372,65 @@ part_disks() {
     says "no node is left" '"return":\[\]' nodes acc
 }
 
+part_snapshots() {
+    qemu-img create -q -f qcow2 below.qcow2 8M
+    disk below vdc qcow2 below.qcow2
+    ok "an encrypted disk is attached" virsh attach-device acc vdb.xml
+    ok "and one that is not" virsh attach-device acc below.xml
+    ok "a disk gets an overlay" virsh snapshot-create-as acc --disk-only --no-metadata s1 \
+        --diskspec "vdc,file=$place/above.qcow2" --diskspec vdb,snapshot=no
+    says "it is the disk now" 'vdc +/.*/above.qcow2' virsh domblklist acc
+    says "over what was the disk" "block.*below.qcow2" virsh domstats acc --block --backing
+    cat >snapshot.xml <<XML
+<domainsnapshot><disks>
+  <disk name='vdb' snapshot='external'><driver type='qcow2'/><source file='$place/above.luks.qcow2'>$encryption</source></disk>
+  <disk name='vdc' snapshot='no'/>
+</disks></domainsnapshot>
+XML
+    ok "an encrypted disk gets an encrypted overlay" virsh snapshot-create acc snapshot.xml --disk-only --no-metadata
+    says "it is the disk now" 'vdb +/.*/above.luks.qcow2' virsh domblklist acc
+    says "and encrypted" 'encrypted: yes' qemu-img info --force-share above.luks.qcow2
+    refused "no overlay is made where none can be" 'No such file or directory' \
+        virsh snapshot-create-as acc --disk-only --no-metadata s2 \
+        --diskspec vdc,file=/missing/above --diskspec vdb,snapshot=no
+    says "the disk is what it was" 'vdc +/.*/above.qcow2' virsh domblklist acc
+    if only_qmpd "a commit is refused" "QEMU does it"; then
+        refused "a commit is refused" 'block-commit has not been found' virsh blockcommit acc vdc --active
+        says "the disk is what it was" 'vdc +/.*/above.qcow2' virsh domblklist acc
+    fi
+    ok "the disk is detached with its overlay" virsh detach-disk acc vdc
+    ok "and the encrypted one" virsh detach-disk acc vdb
+    says "no node is left" '"return":\[\]' nodes acc
+}
+
+# passed COMMAND ARGUMENTS: a command with a descriptor of plain.raw.
+passed() {
+    virsh qemu-monitor-command acc --return-value --pass-fds 9 \
+        "{\"execute\": \"$1\", \"arguments\": $2}" 9<>plain.raw
+}
+
+part_descriptors() {
+    ok "a descriptor is passed and named" passed getfd '{"fdname": "plain"}'
+    ok "its name is forgotten" monitor acc closefd '{"fdname": "plain"}'
+    says "a descriptor is put into a set" '"fdset-id":7' passed add-fd '{"fdset-id": 7, "opaque": "plain"}'
+    ok "a node is opened out of the set" \
+        monitor acc blockdev-add '{"driver": "file", "node-name": "passed", "filename": "/dev/fdset/7"}'
+    says "it is the file" '"virtual-size":8388608' nodes acc
+    ok "the set is left to the node" monitor acc remove-fd '{"fdset-id": 7}'
+    ok "the node is closed" monitor acc blockdev-del '{"node-name": "passed"}'
+    says "and the set gone" '"return":\[\]' monitor acc query-fdsets
+    cat >passed.xml <<XML
+<disk type='file' device='disk'>
+  <driver name='qemu' type='raw'/><source file='$place/plain.raw' fdgroup='plain'/><target dev='vdc' bus='virtio'/>
+</disk>
+XML
+    says "a disk is attached of which libvirt passes the descriptor" 'attached successfully' \
+        bash -c "printf '%s\n' 'dom-fd-associate acc plain 9' 'attach-device acc passed.xml' | virsh 9<>plain.raw"
+    says "it is opened out of a set" '/dev/fdset/' nodes acc
+    ok "it is detached" virsh detach-disk acc vdc
+    says "and its set gone" '"return":\[\]' monitor acc query-fdsets
+}
+
 part_scsi() {
     local attempt definition="<controller type='scsi' index='0' model='virtio-scsi'/>"
     domain scsi q35 "$definition"
@@ -663,8 +722,8 @@ part_shutdown() {
 # -- All of them ----------------------------------------------------------------------------------------------
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(luks passphrase disks scsi typed human states destroy reconnect crash
-    interrupted messages)
+[ ${#parts[@]} -gt 0 ] || parts=(luks passphrase disks snapshots descriptors scsi typed human states destroy
+    reconnect crash interrupted messages)
 
 kind=unknown
 part_define
