@@ -44,14 +44,13 @@ VERSION: Final[Mapping[str, Any]] = {
     "package": f"qmpd-{__version__}",
 }
 
-
 #: How deep Python's calls may be nested: a request passes up to `LONGEST_CHAIN` images, and
 #: each takes a handful of calls.
 _DEEPEST_CALLS: Final = 10_000
 
 
 class Daemon:
-    """All of one storage daemon.  To be made inside a running event loop.
+    """All of one daemon.  To be made inside a running event loop.
 
     :param stdout: where qemu-io's output goes; by default the process's.
     :param announce: is told what a person who starts the daemon should know; by

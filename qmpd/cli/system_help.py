@@ -8,16 +8,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from qmpd import __version__
 from qmpd.cli.option_values import CPU_MODELS
 from qmpd.cli.options import Option, naming
 from qmpd.cli.system_options import OPTIONS, Fate, SystemOption
 from qmpd.errors import Error
-
-if TYPE_CHECKING:
-    from qmpd.qapi import Schema
 
 _WIDTH: Final = 79
 
@@ -152,39 +149,18 @@ def _cpus(option: Option) -> str:
 
 
 def _devices(option: Option) -> str | None:
-    from qmpd.qapi import load, schema_directory
-    from qmpd.qom.models import ALIASES, MODELS
+    from qmpd.qapi import SYSTEM_SCHEMA, load, schema_directory
+    from qmpd.qom.option_help import device_help, models_help
 
     if option.value.startswith("{"):
         return None
-    words = option.value.split(",")
-    wanted = words[0].removeprefix("driver=")
-    if wanted in ("help", "?"):
-        aliases = {name: alias for alias, name in ALIASES.items()}
-        return "\n".join(
-            f'name "{model.name}", bus {model.bus}'
-            + (f', alias "{aliases[model.name]}"' if model.name in aliases else "")
-            for model in MODELS.values()
-        )
-    if not {"help", "?"} & set(words[1:]):
+    model, *properties = option.value.split(",")
+    model = model.removeprefix("driver=")
+    if model in ("help", "?"):
+        return models_help()
+    if not {"help", "?"} & set(properties):
         return None
-    name = ALIASES.get(wanted, wanted)
-    if name not in MODELS:
-        raise Error(f"Device '{wanted}' not found")
-    schema = load(schema_directory(), "system-schema.json")
-    return "\n".join([f"{name} options:", *_properties(schema, name)])
-
-
-def _properties(schema: Schema, name: str) -> Iterator[str]:
-    from qmpd.qom.models import DEFAULTS, device_property_types
-
-    for key, type_ in sorted(device_property_types(schema, name).items()):
-        default = DEFAULTS.get(key)
-        if default is None:
-            yield f"  {key}=<{type_}>"
-            continue
-        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-        yield f"  {key}=<{type_}> (default: {shown})"
+    return device_help(load(schema_directory(), SYSTEM_SCHEMA), model)
 
 
 def _displays(option: Option) -> str:

@@ -2,9 +2,10 @@
 
 The root holds the containers ``backend``, ``chardevs`` and ``objects``, and
 ``machine``: an emulator's from the start, a storage daemon's from the moment on
-when there is a device (without one it looks like QEMU's, which has no machine).  A path is absolute, or it is
-*partial*: then it means the one object whose path ends with it, and if there
-are several, none.
+when there is a device (without one it looks like QEMU's, which has no machine).
+
+A path is absolute, or it is *partial*: then it means the one object whose path
+ends with it, and if there are several, none.
 """
 
 from __future__ import annotations
@@ -340,7 +341,7 @@ class ObjectTree:
     def machine(self) -> Container:
         """The container ``/machine`` with those below it, made if it is not there yet.
 
-        What a machine consists of by itself would be in ``unattached``, which is therefore empty.
+        What a board has of itself is in ``unattached``; without a board that is empty.
         """
         machine = self.root.container("machine")
         for name in ("unattached", "peripheral-anon", "peripheral"):
