@@ -11,10 +11,10 @@ from itertools import groupby
 from typing import Final
 
 from qmpd import __version__
-from qmpd.cli.option_values import CPU_MODELS
 from qmpd.cli.options import Option, naming
 from qmpd.cli.system_options import OPTIONS, Fate, SystemOption
 from qmpd.errors import Error
+from qmpd.machine import cpu_models
 
 _WIDTH: Final = 79
 
@@ -144,7 +144,7 @@ def _accelerators(option: Option) -> str:
 
 
 def _cpus(option: Option) -> str:
-    names = "\n".join(f"  {name}" for name in sorted(CPU_MODELS, key=str.lower))
+    names = "\n".join(f"  {name}" for name in sorted(cpu_models.NAMES, key=str.lower))
     return f"Available CPUs (names only: there is no processor):\n{names}"
 
 

@@ -10,7 +10,6 @@ ends with it, and if there are several, none.
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Awaitable, Iterable, Mapping
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any, Final
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.errors import DeviceNotFound, Error
 from qmpd.qapi import Schema
+from qmpd.qapi.settings import is_identifier
 from qmpd.qom.authz import Authorization, AuthorizationList, SimpleAuthorization
 from qmpd.qom.iothread import IOThread
 from qmpd.qom.machine import MachineObject
@@ -31,8 +31,6 @@ from qmpd.qom.throttle_group import ThrottleGroup
 from qmpd.qom.tls_creds import Anonymous, PreSharedKeys, TLSCredentials, X509Credentials
 from qmpd.qom.types import TYPES, machine_type
 from qmpd.qom.user_creatable import UserCreatable
-
-_IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 #: What a device's property can be, for types with few values.
 _CHOICES: Final[Mapping[str, str]] = {
@@ -132,7 +130,7 @@ class ObjectTree:
         :raise Error: if it can't be made; then nothing has changed.
         """
         object_id: str = options["id"]
-        if not _IDENTIFIER.fullmatch(object_id):
+        if not is_identifier(object_id):
             raise Error("Parameter 'id' expects an identifier")
         made = _CREATABLE[options["qom-type"]](options)
         made.bind(self.schema)
