@@ -159,13 +159,14 @@ class Daemon:
         """
         await self._graph.add(options)
 
-    async def add_device(self, options: dict[str, Any]) -> None:
+    async def add_device(self, options: dict[str, Any], *, written: bool) -> None:
         """Plug a device.
 
         :param options: as for `device_add`.
+        :param written: they were written as ``key=value``; errors are worded accordingly.
         :raise Error: if it can't be plugged.
         """
-        self._hotplug.add(options, hotplugged=False)
+        self._hotplug.add(options, hotplugged=False, written=written)
 
     def export_devices(self, wanted: bool) -> None:
         """Serve the disks that are plugged in from now on to NBD clients, or not."""

@@ -214,7 +214,7 @@ class Devices:
         if "addr" in given and "addr" in known:
             given["addr"] = pci_address(model.name, given["addr"])
         values = schema.coerce(model.struct, given)
-        if written or (not device.hotplugged and all(isinstance(value, str) for value in given.values())):
+        if written:
             schema.validate_option(model.struct, values)
         else:
             schema.validate(model.struct, values)
