@@ -1,8 +1,8 @@
 """``python -m bench``: qmpd beside its peers, as Markdown tables.
 
 The suites are the start (bench/start.py), the monitor (bench/monitor.py), the
-data path (bench/data_path.py), unlocking (bench/unlock.py) and the sectors of
-LUKS2 payloads (bench/sectors.py).  With --write their results also go into the
+data path (bench/data_path.py), unlocking (bench/unlock.py), the sectors of LUKS2
+payloads (bench/sectors.py) and libvirt (bench/libvirt.py).  With --write their results also go into the
 documents.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
 
-from bench import data_path, document, monitor, sectors, start, unlock
+from bench import data_path, document, libvirt, monitor, sectors, start, unlock
 from bench.chains import CHAINS, NBDKIT
 from bench.nbd_servers import nbdkit
 from bench.servers import (
@@ -32,7 +32,7 @@ from bench.servers import (
 )
 from bench.table import machine
 
-SUITES: Final = ("start", "monitor", "data-path", "unlock", "sectors")
+SUITES: Final = ("start", "monitor", "data-path", "unlock", "sectors", "libvirt")
 
 #: The peers in the order of the tables' columns; qmpd comes last.
 PEERS: Final = (STORAGE_DAEMON, NBDKIT)
@@ -62,6 +62,8 @@ def main() -> int:
         run_unlock(programs, arguments)
     if "sectors" in arguments.only:
         run_sectors(arguments)
+    if "libvirt" in arguments.only:
+        run_libvirt(arguments)
     return 0
 
 
@@ -190,6 +192,22 @@ def run_sectors(arguments: argparse.Namespace) -> None:
     print(f"## Sectors of LUKS2 payloads\n\n{table}\n", flush=True)
     if arguments.write:
         document.write_sectors(table)
+
+
+def run_libvirt(arguments: argparse.Namespace) -> None:
+    """Compare the emulators under libvirt."""
+    if (program := libvirt.missing()) is not None:
+        print(f"Nothing is measured with libvirt: {program} is not installed.\n")
+        return
+    settings = libvirt.QUICK if arguments.quick else libvirt.Settings()
+    if arguments.rounds is not None:
+        settings = replace(settings, rounds=arguments.rounds)
+    samples = libvirt.run(settings)
+    table = samples.markdown(libvirt.QMPD, [libvirt.QEMU], spread=True)
+    table = f"{table}\n\n{machine(versions([qmpd()]), used='all used')} {settings.rounds} rounds."
+    print(f"## libvirt\n\n{table}\n", flush=True)
+    if arguments.write:
+        document.write_libvirt(table)
 
 
 def versions(programs: Sequence[Program]) -> list[str]:

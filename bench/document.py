@@ -49,6 +49,11 @@ def write_start(tables: str) -> None:
     _write(BENCHMARKS, "start", tables)
 
 
+def write_libvirt(table: str) -> None:
+    """Put the table of libvirt's emulators into docs/benchmarks.md."""
+    _write(BENCHMARKS, "libvirt", table)
+
+
 def write_unlock(table: str) -> None:
     """Put the table of unlocking into docs/benchmarks.md."""
     _write(BENCHMARKS, "unlock", table)

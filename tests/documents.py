@@ -36,10 +36,15 @@ def typed(commands: str, printed: Path, environment: Mapping[str, str]) -> str:
             except ProcessLookupError:
                 pass
     shown = printed.read_text()
+    check(status, shown)
+    return shown
+
+
+def check(status: int, shown: str) -> None:
+    """Fail if a shell ended with *status* or printed *shown* because something went wrong."""
     assert status == 0, shown
     assert '"error"' not in shown, shown
     assert "Traceback" not in shown, shown
-    return shown
 
 
 def assert_in_order(shown: str, expected: Iterable[str]) -> None:

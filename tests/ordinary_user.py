@@ -20,18 +20,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import unittest
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
 
-import pytest
 from daemons import CHECKOUT
 from peers import required, search_path
 
 #: Peers that every test of libvirt needs.
 LIBVIRT: Final = ("virsh", "libvirtd", "libvirt_driver_qemu.so", "libvirt_driver_secret.so", "setpriv")
+
+#: The emulator as documents name it, in a checkout in which somebody has typed `make`.
+EMULATOR: Final = '"$PWD/.venv/bin/qmpd-system-x86_64"'
 
 _NOBODY: Final = "nobody"
 
@@ -45,30 +48,50 @@ if __name__ == "__main__":
 """
 
 
-def command(*arguments: str) -> list[str]:
-    """Return a command line that runs a command as the ordinary user, and ends all that it leaves behind.
+def run(arguments: Sequence[str], home: Path, seconds: float) -> tuple[int, str]:
+    """Run a command as the ordinary user, at home, and end all that it leaves behind.
 
-    It must be ended by SIGTERM, if it is to be ended.
+    :param home: of :func:`home`.
+    :param seconds: how long it may take.
+    :return: its exit status, and what it and all of those printed.
     """
-    return [sys.executable, str(CHECKOUT / "tests" / "reaper.py"), *_as_user(), *arguments]
-
-
-def environment(directory: Path) -> Mapping[str, str]:
-    """Return the environment of a user whose home and temporary directory is *directory*."""
-    return {"PATH": search_path(), "HOME": str(directory), "TMPDIR": str(directory), "LC_ALL": "C.UTF-8"}
+    process = subprocess.Popen(
+        [sys.executable, CHECKOUT / "tests" / "reaper.py", *_as_user(), *arguments],
+        cwd=home,
+        env={
+            "PATH": search_path(),
+            "HOME": str(home),
+            "TMPDIR": str(home),
+            "XDG_RUNTIME_DIR": str(home / "run"),
+            "LC_ALL": "C.UTF-8",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    except BaseException:
+        process.terminate()  # the reaper then ends the others
+        print(process.communicate()[0])
+        raise
+    return process.returncode, printed
 
 
 @contextmanager
 def home() -> Iterator[Path]:
-    """A directory that belongs to the ordinary user, until the block ends.
+    """A directory that belongs to the ordinary user, until the block ends, with one for run-time files in it.
 
     Its name is short: libvirt makes UNIX sockets deep below it, and the name of one has 107 bytes at most.
     """
     made = Path(tempfile.mkdtemp(prefix="user.", dir="/tmp"))
     try:
+        (made / "run").mkdir(0o700)
         if os.getuid() == 0:
             user = pwd.getpwnam(_NOBODY)
-            os.chown(made, user.pw_uid, user.pw_gid)
+            for directory in (made, made / "run"):
+                os.chown(directory, user.pw_uid, user.pw_gid)
         yield made
     finally:
         shutil.rmtree(made)
@@ -112,9 +135,7 @@ def _python() -> Path:
         except OSError:
             pass
     reason = f"no {name} that an ordinary user can run: {', '.join(map(str, candidates))}"
-    if required():
-        pytest.fail(reason)
-    pytest.skip(reason)
+    raise LookupError(reason) if required() else unittest.SkipTest(reason)
 
 
 def _install(prefix: Path, python: Path) -> None:

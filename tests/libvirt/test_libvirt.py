@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -28,57 +27,41 @@ def emulator() -> Iterator[Path]:
         yield path
 
 
-def accept(emulator: Path, *parts: str) -> subprocess.CompletedProcess[str]:
-    """Let the script try an emulator."""
+def accept(emulator: Path, *parts: str) -> tuple[int, str]:
+    """Let the script try an emulator; returns its exit status, and what it printed."""
     with ordinary_user.home() as home:
         # The checkout may be closed to the user.
-        script = Path(shutil.copy(ACCEPTANCE, home))
-        script.chmod(0o755)
-        process = subprocess.Popen(
-            ordinary_user.command("bash", str(script), str(emulator), *parts),
-            cwd=home,
-            env=ordinary_user.environment(home),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            printed, _ = process.communicate(timeout=TIME)
-        except BaseException:
-            process.terminate()
-            print(process.communicate()[0])
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, printed)
+        script = shutil.copy(ACCEPTANCE, home)
+        return ordinary_user.run(["bash", script, str(emulator), *parts], home, TIME)
 
 
-def passed(result: subprocess.CompletedProcess[str]) -> int:
+def passed(status: int, printed: str) -> int:
     """Return how many checks the script has made, all of which must have passed."""
-    failed = re.findall(r"^not ok .*\n(?:#.*\n)*", result.stdout, re.MULTILINE)
+    failed = re.findall(r"^not ok .*\n(?:#.*\n)*", printed, re.MULTILINE)
     assert failed == [], "\n".join(failed)
-    assert result.returncode == 0, result.stdout
-    checks = re.findall(r"^ok (\d+) - ", result.stdout, re.MULTILINE)
+    assert status == 0, printed
+    checks = re.findall(r"^ok (\d+) - ", printed, re.MULTILINE)
     assert [int(number) for number in checks] == list(range(1, len(checks) + 1))
-    assert f"\n1..{len(checks)}\n" in result.stdout
+    assert f"\n1..{len(checks)}\n" in printed
     return len(checks)
 
 
 def test_libvirt_drives_the_emulator(emulator: Path) -> None:
-    result = accept(emulator)
-    assert passed(result) > 200
-    assert "is qmpd\n" in result.stdout
-    assert "SKIP" not in result.stdout
+    status, printed = accept(emulator)
+    assert passed(status, printed) > 200
+    assert "is qmpd\n" in printed
+    assert "SKIP" not in printed
 
 
 @pytest.mark.peer("qemu-system-x86_64")
 def test_what_is_expected_of_the_emulator_is_what_qemu_does() -> None:
-    result = accept(peers.path_of("qemu-system-x86_64"))
-    assert passed(result) > 200
-    assert "is QEMU\n" in result.stdout
+    status, printed = accept(peers.path_of("qemu-system-x86_64"))
+    assert passed(status, printed) > 200
+    assert "is QEMU\n" in printed
 
 
-def test_the_script_fails_with_what_is_no_emulator(tmp_path: Path) -> None:
-    result = accept(Path("/bin/false"))
-    assert result.returncode == 1
-    assert re.search(r"^not ok \d+ - a domain is defined$", result.stdout, re.MULTILINE)
-    assert "\nBail out!" in result.stdout
+def test_the_script_fails_with_what_is_no_emulator() -> None:
+    status, printed = accept(Path("/bin/false"))
+    assert status == 1
+    assert re.search(r"^not ok \d+ - a domain is defined$", printed, re.MULTILINE)
+    assert "\nBail out!" in printed

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import ordinary_user
 import peers
 import pytest
 from daemons import CHECKOUT
-from documents import typed
+from documents import check, typed
 
 README: Final = (CHECKOUT / "README.md").read_text()
 
@@ -58,8 +59,13 @@ def script(heading: str) -> str:
     return typed
 
 
+#: The section whose commands are for an ordinary user.
+LIBVIRT: Final = "libvirt"
+
 HEADINGS: Final = [
-    heading for heading, blocks in sections().items() if any(language == "sh" for language, _ in blocks)
+    heading
+    for heading, blocks in sections().items()
+    if heading != LIBVIRT and any(language == "sh" for language, _ in blocks)
 ]
 
 
@@ -81,6 +87,18 @@ def test_the_commands_of_a_section_work(heading: str, tmp_path: Path) -> None:
     for inherited in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # this may run under `make test`
         environment.pop(inherited, None)
     typed(commands, tmp_path / "printed", environment)
+
+
+@pytest.mark.peer(*ordinary_user.LIBVIRT)
+def test_the_commands_for_users_of_libvirt_work() -> None:
+    with ordinary_user.installed_emulator() as emulator, ordinary_user.home() as home:
+        commands = script(LIBVIRT)
+        assert ordinary_user.EMULATOR in commands
+        commands = commands.replace(ordinary_user.EMULATOR, str(emulator))
+        status, printed = ordinary_user.run(["bash", "-euo", "pipefail", "-c", commands], home, 100)
+    check(status, printed)
+    assert "/disk.raw" in printed
+    assert "Disk detached successfully" in printed
 
 
 def test_the_demo_shows_what_the_readme_says() -> None:
