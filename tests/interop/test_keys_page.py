@@ -41,9 +41,3 @@ def test_the_commands_of_the_page_about_keys_work(tmp_path: Path) -> None:
         "and LUKS1 again",
     )
     assert_in_order(shown, expected)
-
-
-def test_the_files_that_the_page_links_to_exist() -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGE)
-    assert links
-    assert [link for link in links if not (CHECKOUT / "docs" / link).exists()] == []
