@@ -13,7 +13,6 @@ from math import prod
 from typing import Any, Final
 
 from qmpd.cli import option_values
-from qmpd.cli.option_values import Check
 from qmpd.cli.options import Option, naming
 from qmpd.errors import Error
 from qmpd.machine import types
@@ -298,21 +297,6 @@ def _action(text: str) -> dict[str, bool]:
     return dict(_AS_OPTIONS[pair] for pair in given.items() if pair in _AS_OPTIONS)
 
 
-def check_name(text: str) -> None:
-    """``-name``."""
-    option_values.settings("name", text, "guest")
-
-
 def check_machine(text: str) -> None:
     """``-machine``: its form; whether there is such a type and property is seen when all of it is known."""
     machine_values(text)
-
-
-#: The checks of options that describe the machine, by the options' names.
-CHECKS: Final[Mapping[str, Check]] = {
-    "M": check_machine,
-    "accel": check_accel,
-    "m": check_memory,
-    "machine": check_machine,
-    "name": check_name,
-}
