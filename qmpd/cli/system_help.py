@@ -14,7 +14,8 @@ from qmpd import __version__
 from qmpd.cli.options import Option, naming
 from qmpd.cli.system_options import OPTIONS, Fate, SystemOption
 from qmpd.errors import Error
-from qmpd.machine import cpu_models
+from qmpd.machine import cpu_models, types
+from qmpd.machine.command_line import MACHINE_PROPERTIES
 
 _WIDTH: Final = 79
 
@@ -50,6 +51,8 @@ def answer(option: Option, program: str) -> str | None:
         return usage(program)
     if option.name == "version":
         return version(program)
+    if option.name in _TEXTS:
+        return _TEXTS[option.name]
     with naming(option):
         return _ANSWERS[option.name](option)
 
@@ -115,14 +118,11 @@ def _refusals() -> Iterator[str]:
 
 
 def _machines(option: Option) -> str:
-    from qmpd.machine import types
-    from qmpd.machine.command_line import MACHINE_PROPERTIES
-
     about = {"pc": "a PCI bus", "q35": "a PCI Express bus", "none": "nothing at all"}
     words = option.value.split(",")
     wanted = words[0].removeprefix("type=")
     try:
-        family = types.find(wanted)
+        machine_type = types.find(wanted)
     except Error:
         lines = ["Supported machines are:"]
         for each in types.TYPES.values():
@@ -134,13 +134,9 @@ def _machines(option: Option) -> str:
     properties = [
         f"  {name}=<{property_.type}>"
         for name, property_ in sorted(MACHINE_PROPERTIES.items())
-        if property_.refused is None and family.family in property_.families
+        if property_.refused is None and machine_type.family in property_.families
     ]
-    return "\n".join([f"{family.name}-machine options:", *properties])
-
-
-def _accelerators(option: Option) -> str:
-    return "Accelerators supported in QEMU binary:\ntcg"
+    return "\n".join([f"{machine_type.name}-machine options:", *properties])
 
 
 def _cpus(option: Option) -> str:
@@ -163,30 +159,18 @@ def _devices(option: Option) -> str | None:
     return device_help(load(schema_directory(), SYSTEM_SCHEMA), model)
 
 
-def _displays(option: Option) -> str:
-    return "Available display backend types:\nnone"
-
-
-def _audio_drivers(option: Option) -> str:
-    return "Available audio drivers:\nnone"
-
-
-def _log_items(option: Option) -> str:
-    return "There are no log items; -log takes a level."
-
-
-def _events(option: Option) -> str:
-    return "There are no trace events."
-
+#: Answers that do not depend on the question.
+_TEXTS: Final[Mapping[str, str]] = {
+    "accel": "Accelerators supported in QEMU binary:\ntcg",
+    "audiodev": "Available audio drivers:\nnone",
+    "d": "There are no log items; -log takes a level.",
+    "display": "Available display backend types:\nnone",
+    "trace": "There are no trace events.",
+}
 
 _ANSWERS: Final[Mapping[str, Callable[[Option], str | None]]] = {
     "M": _machines,
-    "accel": _accelerators,
-    "audiodev": _audio_drivers,
     "cpu": _cpus,
-    "d": _log_items,
     "device": _devices,
-    "display": _displays,
     "machine": _machines,
-    "trace": _events,
 }

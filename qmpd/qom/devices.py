@@ -144,7 +144,7 @@ class Devices:
         device = Device(model, self._tree.schema, device_id, bus, hotplugged=hotplugged)
         name = self._reserve_name(device_id)
         self._set_properties(device, options, written=written)
-        node = self._drive(device, options)
+        node = self._drive(device)
         self._check_pci(device)
         self._place(device)
         path = f"/machine/{'peripheral-anon' if device_id is None else 'peripheral'}/{name}"
@@ -250,7 +250,7 @@ class Devices:
             raise Error("Invalid parameter type for 'iothread', expected: iothread")
         return found.path
 
-    def _drive(self, device: Device, options: Mapping[str, Any]) -> Node | None:
+    def _drive(self, device: Device) -> Node | None:
         name = device.values["drive"]
         if not device.model.disk or not name:
             return None

@@ -32,7 +32,7 @@ _SCSI_DEVICE_ID_MAX: Final = 20
 _SCSI_SERIAL_MAX: Final = 36
 
 
-def _prepare_disk(device: Device, node: Node | None) -> Node:
+def _drive(node: Node | None) -> Node:
     if node is None:
         raise Error("drive property not set")
     return node
@@ -86,7 +86,7 @@ def _check_io_thread(device: Device) -> None:
 
 def _prepare_virtio_blk(device: Device, node: Node | None) -> None:
     _settle_virtio(device)
-    disk, values = _prepare_disk(device, node), device.values
+    disk, values = _drive(node), device.values
     if values["num-queues"] == AUTO_UINT16:
         values["num-queues"] = 1
     if values["num-queues"] == 0:
@@ -129,7 +129,7 @@ def _prepare_virtio_scsi(device: Device, node: Node | None) -> None:
 
 
 def _prepare_scsi_disk(device: Device, node: Node | None) -> None:
-    disk, values = _prepare_disk(device, node), device.values
+    disk, values = _drive(node), device.values
     _settle_block_sizes(device)
     _settle_geometry(device, disk)
     if len(values["serial"]) > _SCSI_SERIAL_MAX:
