@@ -23,7 +23,7 @@ def write_volume(
 
     :param costs: of keyslot 0, the only one.
     """
-    digest_iterations = kdf.calibrate(_HASH, luks2_keyslots.DIGEST_TIME, SPEC.key_bytes)
+    digest_iterations = run(kdf.calibrating(_HASH, luks2_keyslots.DIGEST_TIME, SPEC.key_bytes))
     header, key, plan = run(
         luks2_keyslots.formatting(SPEC, _HASH, passphrase, costs, digest_iterations, sector_size=sector_size)
     )

@@ -80,7 +80,7 @@ def run(programs: Sequence[Program], settings: Settings) -> Samples:
         directory = Path(name)
         images = list(_images(directory, settings))
         images_of_luks2 = list(_images_of_luks2(directory, settings))
-        header, key, plan = luks1.format_plan(SPEC, "sha256", PASSPHRASE, 1000, 1000)
+        header, key, plan = run_steps(luks1.formatting(SPEC, "sha256", PASSPHRASE, 1000, 1000))
         key.wipe()
         (directory / QUICKLY).write_bytes(_volume(header, plan))
         for number in range(settings.rounds):
@@ -110,7 +110,9 @@ def _images(directory: Path, settings: Settings) -> Iterator[tuple[Path, str, st
     for hash_name in ("sha256", "sha1", "sha512"):
         steps = luks1.iterations_for(hash_name, SPEC.key_bytes, settings.milliseconds)
         slot_iterations, digest_iterations = run_steps(steps)
-        header, key, plan = luks1.format_plan(SPEC, hash_name, PASSPHRASE, slot_iterations, digest_iterations)
+        header, key, plan = run_steps(
+            luks1.formatting(SPEC, hash_name, PASSPHRASE, slot_iterations, digest_iterations)
+        )
         key.wipe()
         volume = _volume(header, plan)
         path = directory / f"{hash_name}-0.luks"
@@ -316,7 +318,7 @@ def _measure_iterations(hash_name: str, directory: Path, settings: Settings, sam
         header = luks1.Header.parse(path.read_bytes())
         samples.add(row, QEMU_IMG, header.slots[0].iterations)
     chosen = [
-        kdf.calibrate(hash_name, asked, SPEC.key_bytes)
+        run_steps(kdf.calibrating(hash_name, asked, SPEC.key_bytes))
         for _ in range(max(1, settings.accuracy_runs // settings.rounds))
     ]
     samples.add(row, QMPD, min(chosen))

@@ -44,14 +44,13 @@ VERSION: Final[Mapping[str, Any]] = {
     "package": f"qmpd-{__version__}",
 }
 
-
 #: How deep Python's calls may be nested: a request passes up to `LONGEST_CHAIN` images, and
 #: each takes a handful of calls.
 _DEEPEST_CALLS: Final = 10_000
 
 
 class Daemon:
-    """All of one storage daemon.  To be made inside a running event loop.
+    """All of one daemon.  To be made inside a running event loop.
 
     :param stdout: where qemu-io's output goes; by default the process's.
     :param announce: is told what a person who starts the daemon should know; by
@@ -161,13 +160,14 @@ class Daemon:
         """
         await self._graph.add(options)
 
-    async def add_device(self, options: dict[str, Any]) -> None:
+    async def add_device(self, options: dict[str, Any], *, written: bool) -> None:
         """Plug a device.
 
         :param options: as for `device_add`.
+        :param written: they were written as ``key=value``; errors are worded accordingly.
         :raise Error: if it can't be plugged.
         """
-        self._hotplug.add(options, hotplugged=False)
+        self._hotplug.add(options, hotplugged=False, written=written)
 
     def export_devices(self, wanted: bool) -> None:
         """Serve the disks that are plugged in from now on to NBD clients, or not."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from qmpd.errors import Error
-from qmpd.sockets import NUMBER
+from qmpd.sockets import decimal
 
 #: How the names of sets' descriptors begin.
 PREFIX: Final = "/dev/fdset/"
@@ -308,10 +308,10 @@ def _set_number(filename: str) -> int:
 
     :raise Error: if it is no number of a set.
     """
-    number = NUMBER.fullmatch(filename.removeprefix(PREFIX))
-    if number is None or not 0 <= int(number[1]) <= _INT_MAX:
+    number = decimal(filename.removeprefix(PREFIX))
+    if number is None or not 0 <= number <= _INT_MAX:
         raise Error(f"Could not parse fdset {filename}")
-    return int(number[1])
+    return number
 
 
 def _is_same_file(one: int, other: int) -> bool:

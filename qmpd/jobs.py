@@ -31,11 +31,11 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from qmpd.errors import Error, trace
+from qmpd.qapi.settings import is_identifier
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -43,8 +43,6 @@ Emit = Callable[[str, dict[str, Any]], None]
 
 #: The work of a job.
 Body = Callable[["Job"], Awaitable[None]]
-
-_IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 _CANCELLED: Final = "Operation canceled"
 
@@ -317,7 +315,7 @@ class Jobs:
         :param check: raises Error if the work can't begin; then the job is gone at once.
         :raise Error: if the id is not well-formed or not free, or what `check` raises.
         """
-        if not _IDENTIFIER.fullmatch(job_id):
+        if not is_identifier(job_id):
             raise Error(f"Invalid job ID '{job_id}'")
         if self._find(job_id) is not None:
             raise Error(f"Job ID '{job_id}' already in use")

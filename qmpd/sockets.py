@@ -23,8 +23,10 @@ PATH_SIZE: Final = 108
 _IPPROTO_MPTCP: Final = 262
 #: QEMU cuts a port's name off here, which messages show.
 _PORT_NAME_MAX: Final = 32
-#: What strtol(3) takes for a decimal number.
-NUMBER: Final = re.compile(r"[ \t-\r]*([+-]?[0-9]+)")
+#: What strtol(3) takes for a decimal number: sign and digits.
+_NUMBER: Final = re.compile(r"[ \t-\r]*([+-]?)([0-9]+)")
+#: More digits than a number that is of any use has, and fewer than Python minds.
+_MOST_DIGITS: Final = 20
 _UINT32_MAX: Final = (1 << 32) - 1
 _INT_MAX: Final = (1 << 31) - 1
 
@@ -223,17 +225,29 @@ def make_room(path: str | bytes) -> None:
 # -- numbers
 
 
+def decimal(text: str) -> int | None:
+    """The decimal number that a text is; None if it is none.
+
+    One of more than 64 bits may be any other such number.
+    """
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        return None
+    digits = found[2].lstrip("0") or "0"
+    return int(found[1] + (digits if len(digits) <= _MOST_DIGITS else "9" * _MOST_DIGITS))
+
+
 def descriptor_number(text: str) -> int:
     """The file descriptor that somebody means.
 
     :raise Error: if it is no number, or no descriptor can have it.
     """
-    number = NUMBER.fullmatch(text)
+    number = decimal(text)
     if number is None:
         raise Error(f"Unable to parse FD number {text}")
-    if abs(int(number[1])) > _INT_MAX:
+    if abs(number) > _INT_MAX:
         raise Error(f"Unable to parse FD number {text}: Numerical result out of range")
-    return int(number[1])
+    return number
 
 
 def vsock_address(cid: str, port: str) -> tuple[int, int]:
@@ -243,8 +257,8 @@ def vsock_address(cid: str, port: str) -> tuple[int, int]:
     """
     values = []
     for what, text in (("cid", cid), ("port", port)):
-        number = NUMBER.fullmatch(text)
-        if number is None or not 0 <= int(number[1]) <= _UINT32_MAX:
+        number = decimal(text)
+        if number is None or not 0 <= number <= _UINT32_MAX:
             raise Error(f"Failed to parse {what} '{text}'")
-        values.append(int(number[1]))
+        values.append(number)
     return values[0], values[1]

@@ -263,6 +263,20 @@ class RunningDaemon:
             self.monitor.close()
 
 
+def emulator_replies(*commands: Mapping[str, Any]) -> list[Any]:
+    """Return the replies of QEMU's emulator, without a machine, to commands that it takes."""
+    requests = ({"execute": "qmp_capabilities"}, *commands, {"execute": "quit"})
+    said = subprocess.run(
+        [SYSTEM[-1], "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"],
+        input="".join(map(json.dumps, requests)),
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    replies = [message["return"] for message in map(json.loads, said.splitlines()) if "return" in message]
+    return replies[1:-1]
+
+
 def wait_readable(sockets: Sequence[socket.socket], seconds: float = PATIENCE) -> list[socket.socket]:
     """Return those of *sockets* that have something to read.
 

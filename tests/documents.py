@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from daemons import CHECKOUT
@@ -45,3 +45,12 @@ def check(status: int, shown: str) -> None:
     assert status == 0, shown
     assert '"error"' not in shown, shown
     assert "Traceback" not in shown, shown
+
+
+def assert_in_order(shown: str, expected: Iterable[str]) -> None:
+    """Fail unless these texts are in what was shown, none before the one in front of it."""
+    position = 0
+    for text in expected:
+        found = shown.find(text, position)
+        assert found >= 0, f"{text!r} is not there, or not in this place:\n{shown}"
+        position = found

@@ -44,7 +44,9 @@ def carried_out(area: bytes, plan: Plan) -> bytes:
 
 def new_area(*, detached: bool) -> bytes:
     """A volume that `base` in slot 0 opens."""
-    header, key, plan = luks1.format_plan(SPEC, "sha256", b"base", ITERATIONS, ITERATIONS, detached=detached)
+    header, key, plan = run(
+        luks1.formatting(SPEC, "sha256", b"base", ITERATIONS, ITERATIONS, detached=detached)
+    )
     key.wipe()
     return carried_out(bytes(header.header_length()), plan)
 
@@ -61,7 +63,7 @@ def read(area: bytes, *, detached: bool) -> LuksHeader:
 def filled(area: bytes, passwords: Passwords, *, detached: bool) -> bytes:
     """The same volume with these passphrases and no other; `base` is in its slot 0."""
     header = parse(area, detached=detached)
-    found = luks1.unlock_slot(header, 0, b"base", area[slice(*extent(header, 0))])
+    found = run(luks1.unlocking(header, 0, b"base", area[slice(*extent(header, 0))]))
     assert found is not None
     with found as key:
         for slot, password in sorted(passwords.items(), reverse=True):
@@ -82,7 +84,7 @@ def activation(
     """The plan that puts `password` into slots of a volume that `known` opens."""
     header = parse(area, detached=detached)
     for slot in header.active_slots:
-        found = luks1.unlock_slot(header, slot, known, area[slice(*extent(header, slot))])
+        found = run(luks1.unlocking(header, slot, known, area[slice(*extent(header, slot))]))
         if found is not None:
             with found as key:
                 sectors = area[:HEADER_SECTORS_BYTES]

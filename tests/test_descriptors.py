@@ -228,6 +228,8 @@ def test_a_descriptor_of_another_file_is_not_the_same_opened_in_another_way(
         ("1x", os.O_RDONLY, "Could not parse fdset /dev/fdset/1x"),
         ("-1", os.O_RDONLY, "Could not parse fdset /dev/fdset/-1"),
         ("2147483648", os.O_RDONLY, "Could not parse fdset /dev/fdset/2147483648"),
+        ("9" * 5000, os.O_RDONLY, f"Could not parse fdset /dev/fdset/{'9' * 5000}"),
+        ("0" * 5000 + "2", os.O_RDONLY, f"Failed to find fdset /dev/fdset/{'0' * 5000}2"),
     ],
 )
 def test_a_file_name_that_stands_for_no_descriptor_is_refused(

@@ -71,7 +71,9 @@ async def test_a_port_may_have_a_name() -> None:
         await sockets.resolve("127.0.0.1", "http", numeric=True)
 
 
-@pytest.mark.parametrize(("text", "number"), [("0", 0), ("007", 7), (" \t+3", 3), ("-1", -1)])
+@pytest.mark.parametrize(
+    ("text", "number"), [("0", 0), ("007", 7), ("0" * 5000 + "3", 3), (" \t+3", 3), ("-1", -1)]
+)
 def test_a_descriptor_s_number_is_read_as_c_does(text: str, number: int) -> None:
     assert sockets.descriptor_number(text) == number
 

@@ -13,25 +13,22 @@ from math import prod
 from typing import Any, Final
 
 from qmpd.cli import option_values
-from qmpd.cli.option_values import Check
 from qmpd.cli.options import Nameless, Option, naming
 from qmpd.errors import Error
 from qmpd.machine import types
 from qmpd.machine.command_line import MACHINE_CHOICES, MACHINE_PROPERTIES, PARAMETERS
 from qmpd.machine.config import MachineConfig
 from qmpd.machine.types import MachineType
+from qmpd.qapi import keyval
 
-_MEBIBYTE: Final = 1 << 20
 #: Memory comes in units of this many bytes.
 _GRANULE: Final = 8192
 _MOST_SLOTS: Final = 256
 
-_SWITCHES: Final = ("on", "off", "yes", "no", "true", "false", "y", "n")
-
-#: Accelerators that QEMU knows and that would need something of the host, and those that there are here: a
-#: machine that computes nothing is as fast with either.
-KVM: Final = "kvm"
-ACCELERATORS: Final = ("tcg", "qtest")
+#: The accelerator that would need something of the host, and those that there are here: a machine that
+#: computes nothing is as fast with either.
+_KVM: Final = "kvm"
+_ACCELERATORS: Final = ("tcg", "qtest")
 _NO_KVM: Final = "failed to initialize kvm: qmpd has no processor that KVM could run; tcg is taken"
 
 _ACCELERATOR_PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -69,7 +66,7 @@ def machine_config(found: Sequence[Option], program: str) -> tuple[MachineConfig
                 case "m":
                     values["memory"] = _memory(option.value, machine_type)
                 case "smp":
-                    smp |= option_values.nested(option.value, "cpus")
+                    smp |= keyval.parse(option.value, "cpus")
                 case "S":
                     values["started"] = False
                 case "no-shutdown":
@@ -105,7 +102,7 @@ def machine_values(text: str) -> dict[str, Any]:
         return {}
     return {
         name.replace("_", "-") if name not in MACHINE_PROPERTIES else name: value
-        for name, value in option_values.nested(text, "type").items()
+        for name, value in keyval.parse(text, "type").items()
     }
 
 
@@ -119,7 +116,7 @@ def _check_property(machine_type: MachineType, name: str, value: Any) -> None:
         raise Error(f"Property '{machine_type.name}-machine.{name}' is not taken: {property_.refused}")
     if not isinstance(value, str):
         raise Error(f"Invalid parameter type for '{name}', expected: {property_.type}")
-    if property_.type == "bool" and value not in _SWITCHES:
+    if property_.type == "bool" and value not in keyval.SWITCH:
         raise Error(f"Parameter '{name}' expects 'on' or 'off'")
     if property_.type == "OnOffAuto" and value not in ("on", "off", "auto"):
         raise Error(f"Parameter '{name}' does not accept value '{value}'")
@@ -127,11 +124,8 @@ def _check_property(machine_type: MachineType, name: str, value: Any) -> None:
         raise Error(f"Parameter '{name}' does not accept value '{value}'")
     if property_.type == "int":
         option_values.number(name, value)
-    if property_.type == "size":
-        from qmpd.qapi.keyval import read_size
-
-        if read_size(value) is None:
-            raise Error(f"Parameter '{name}' expects size")
+    if property_.type == "size" and keyval.read_size(value) is None:
+        raise Error(f"Parameter '{name}' expects size")
 
 
 # Accelerators
@@ -156,11 +150,11 @@ def _choose_accelerator(found: Sequence[Option], listed: str | None, program: st
             raise Error("no accelerator found")
     failures: list[str] = []
     for name, prefix in tried:
-        if name in ACCELERATORS:
+        if name in _ACCELERATORS:
             warnings = [*failures, f"falling back to {name}"] if failures else []
             print("".join(f"{program}: {line}\n" for line in warnings), end="", file=sys.stderr, flush=True)
             return
-        failures.append(prefix + (_NO_KVM if name == KVM else f"invalid accelerator {name}"))
+        failures.append(prefix + (_NO_KVM if name == _KVM else f"invalid accelerator {name}"))
     if failures:
         raise Error(failures[0])
 
@@ -169,11 +163,11 @@ def check_accel(text: str) -> None:
     """``-accel``: whether there is an accelerator of this name is seen when there is none of those given."""
     accelerator, *properties = text.split(",")
     name = accelerator.removeprefix("accel=")
-    if name not in (KVM, *ACCELERATORS):
+    if name not in (_KVM, *_ACCELERATORS):
         raise Error(f"invalid accelerator {name}")
     for each in filter(None, properties):
         key, _, value = each.partition("=")
-        if name == KVM:
+        if name == _KVM:
             continue
         if key not in _ACCELERATOR_PROPERTIES[name]:
             raise Error(f"Property '{name}-accel.{key}' not found")
@@ -184,7 +178,7 @@ def check_accel(text: str) -> None:
 # Memory and processors
 
 
-def _memory(text: str, machine_type: types.MachineType = types.DEFAULT) -> int:
+def _memory(text: str, machine_type: MachineType = types.DEFAULT) -> int:
     """Read ``-m``: bytes.
 
     :param machine_type: says what no bytes mean.
@@ -308,21 +302,6 @@ def _action(text: str) -> dict[str, bool]:
     return dict(_AS_OPTIONS[pair] for pair in given.items() if pair in _AS_OPTIONS)
 
 
-def check_name(text: str) -> None:
-    """``-name``."""
-    option_values.settings("name", text, "guest")
-
-
 def check_machine(text: str) -> None:
     """``-machine``: its form; whether there is such a type and property is seen when all of it is known."""
     machine_values(text)
-
-
-#: The checks of options that describe the machine, by the options' names.
-CHECKS: Final[Mapping[str, Check]] = {
-    "M": check_machine,
-    "accel": check_accel,
-    "m": check_memory,
-    "machine": check_machine,
-    "name": check_name,
-}

@@ -16,8 +16,11 @@ from typing import Any, Final
 
 from qmpd.cli.options import Nameless
 from qmpd.errors import Error
+from qmpd.machine import cpu_models
 from qmpd.machine.command_line import PARAMETERS
+from qmpd.qapi import keyval
 from qmpd.qapi.settings import HelpRequested, Kind, parse_settings
+from qmpd.qjson import parse_json
 
 #: Looks at an option's value.
 Check = Callable[[str], None]
@@ -41,16 +44,6 @@ def settings(group: str, text: str, implied_key: str | None = None) -> dict[str,
         return parse_settings(text, known, implied_key)
     except HelpRequested:
         raise Error("Help is not available for this option") from None
-
-
-def nested(text: str, implied_key: str | None = None) -> dict[str, Any]:
-    """Read ``key=value,inner.key=value,...``, the dialect in which nothing is optional.
-
-    :raise Error: in QEMU's words; HelpRequested, one of them, if the text asks for help.
-    """
-    from qmpd.qapi import keyval
-
-    return keyval.parse(text, implied_key)
 
 
 def number(key: str, value: str) -> int:
@@ -156,14 +149,14 @@ def check_passed_descriptor(text: str) -> None:
 
 def check_boot(text: str) -> None:
     """``-boot``: an order of drives that are letters, and a menu that nobody sees."""
-    given = nested(text, "order")
+    given = keyval.parse(text, "order")
     for name, value in given.items():
         known = PARAMETERS["boot-opts"].get(name)
         if known is None:
             raise Nameless(f"Parameter 'boot.{name}' is unexpected")
         if known == "number":
             number(f"boot.{name}", value)
-        if known == "boolean" and value not in ("on", "off", "yes", "no", "true", "false", "y", "n"):
+        if known == "boolean" and value not in keyval.SWITCH:
             raise Nameless(f"Parameter 'boot.{name}' expects 'on' or 'off'")
     for name in ("order", "once"):
         letters = given.get(name, "")
@@ -259,12 +252,7 @@ def _check_audio_driver(given: Mapping[str, Any]) -> None:
 
 def check_audiodev(text: str) -> None:
     """``-audiodev``: only the driver none is there."""
-    if text.startswith("{"):
-        from qmpd.qjson import parse_json
-
-        given = parse_json(text)
-    else:
-        given = nested(text, "driver")
+    given = parse_json(text) if text.startswith("{") else keyval.parse(text, "driver")
     if "id" not in given:
         raise Error("Parameter 'id' is missing")
     _check_audio_driver(given)
@@ -272,7 +260,7 @@ def check_audiodev(text: str) -> None:
 
 def check_audio(text: str) -> None:
     """``-audio``: only the driver none is there, and no sound card."""
-    given = nested(text, "driver")
+    given = keyval.parse(text, "driver")
     _check_audio_driver(given)
     if "model" in given:
         raise Error("there are no sound cards")
@@ -281,7 +269,7 @@ def check_audio(text: str) -> None:
 def check_compat(text: str) -> None:
     """``-compat``: nothing is deprecated or unstable here, so only accepting such things is taken."""
     values = {"input": "accept reject crash", "output": "accept hide"}
-    given = nested(text)
+    given = keyval.parse(text)
     for name, value in given.items():
         policy, _, direction = name.partition("-")
         if policy not in ("deprecated", "unstable") or direction not in values:
@@ -349,22 +337,8 @@ def check_cpu(text: str) -> None:
     if model == "host":
         raise Nameless("CPU model 'host' requires KVM or HVF")
     name, dash, version = model.rpartition("-v")
-    if model not in CPU_MODELS and not (dash and version.isdecimal() and name in CPU_MODELS):
+    if model not in cpu_models.NAMES and not (dash and version.isdecimal() and name in cpu_models.NAMES):
         raise Nameless(f"unable to find CPU model '{model}'")
     for feature in features:
         if not re.fullmatch(r"[+-]?[a-zA-Z0-9][a-zA-Z0-9._-]*(=.*)?", feature, re.DOTALL):
             raise Error(f"'{feature}' is no feature of a processor")
-
-
-#: QEMU's CPU models, without their versions: their names are taken.
-_CPU_MODELS: Final = """
-    486 athlon base core2duo coreduo kvm32 kvm64 max n270 pentium pentium2 pentium3 phenom qemu32 qemu64
-    Broadwell Broadwell-IBRS Broadwell-noTSX Broadwell-noTSX-IBRS Cascadelake-Server
-    Cascadelake-Server-noTSX ClearwaterForest Conroe Cooperlake Denverton Dhyana EPYC EPYC-Genoa EPYC-IBPB
-    EPYC-Milan EPYC-Rome GraniteRapids Haswell Haswell-IBRS Haswell-noTSX Haswell-noTSX-IBRS Icelake-Server
-    Icelake-Server-noTSX IvyBridge IvyBridge-IBRS KnightsMill Nehalem Nehalem-IBRS Opteron_G1 Opteron_G2
-    Opteron_G3 Opteron_G4 Opteron_G5 Penryn SandyBridge SandyBridge-IBRS SapphireRapids SierraForest
-    Skylake-Client Skylake-Client-IBRS Skylake-Client-noTSX-IBRS Skylake-Server Skylake-Server-IBRS
-    Skylake-Server-noTSX-IBRS Snowridge Westmere Westmere-IBRS YongFeng
-"""
-CPU_MODELS: Final = frozenset(_CPU_MODELS.split())

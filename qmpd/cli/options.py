@@ -34,18 +34,17 @@ class Option:
 
     :param name: the full name, without dashes, however it was abbreviated.
     :param value: its value; empty if it takes none.
-    :param text: the arguments it was made of, for messages; empty if these are to name none.
+    :param text: the arguments it was made of, for messages; None if these are to name none.
     """
 
     name: str
     value: str
-    text: str
+    text: str | None
 
 
 #: Where the passphrase of a secret begins, in either spelling of an option.
 _DATA: Final = re.compile(r"""(\bdata["']?\s*[=:])""")
 _QUOTED: Final = re.compile(r"'([^']+)'")
-
 
 #: Options that may hold a passphrase; an emulator's program has a second name for some of them.
 _OBJECTS: Final = ("emulator-object", "memory-backend", "object")
@@ -58,10 +57,9 @@ def naming(option: Option) -> Iterator[None]:
         yield
     except Error as error:
         text, desc = option.text, error.desc
-        if option.name in _OBJECTS:
+        if text is not None and option.name in _OBJECTS:
             text, desc = _without_passphrase(text, desc)
-        # An argument that is empty has a name to be told by all the same.
-        named = (text or not option.name) and not isinstance(error, Nameless)
+        named = text is not None and not isinstance(error, Nameless)
         raise Error(f"{text}: {desc}" if named else desc, error.hint) from None
 
 

@@ -35,7 +35,16 @@ _STANDARD_ERROR: Final = 2
 
 @dataclass
 class Settings:
-    """What the options say about the process itself."""
+    """What the options say about the process itself.
+
+    :param pid_file: where to write the process id once everything is ready; None for nowhere.
+    :param log_level: the least that is logged: error, warning, info or debug.
+    :param loop: the event loop: auto, uvloop or asyncio.
+    :param cipher_processes: how many processes cipher long requests beside this one; None for as
+        many as suit the computer.
+    :param pbkdf_memory: what key derivations may take together, in KiB; None for what is usual.
+    :param daemonize: whether to go to the background once everything is ready.
+    """
 
     pid_file: str | None = None
     log_level: str = "warning"
@@ -185,11 +194,7 @@ def run_daemon(
 
     status = serve(
         found,
-        pid_file=settings.pid_file,
-        log_level=settings.log_level,
-        loop=settings.loop,
-        cipher_processes=settings.cipher_processes,
-        pbkdf_memory=settings.pbkdf_memory,
+        settings,
         sockets=sockets,
         notifier=Notifier(os.environ),
         background=background,

@@ -20,6 +20,7 @@ from typing import Any, Final
 from qmpd.cli.daemonize import Daemonization, PidFile
 from qmpd.cli.memory import keep_freed_memory
 from qmpd.cli.options import Option
+from qmpd.cli.process import Settings
 from qmpd.cli.start import Start
 from qmpd.cli.systemd import Notifier, PassedSocket
 from qmpd.daemon import Daemon
@@ -34,12 +35,8 @@ _MOST_CIPHER_PROCESSES: Final = 4
 
 def serve(
     found: Sequence[Option],
+    settings: Settings,
     *,
-    pid_file: str | None,
-    log_level: str,
-    loop: str,
-    cipher_processes: int | None,
-    pbkdf_memory: int | None,
     sockets: Sequence[PassedSocket],
     notifier: Notifier,
     background: Daemonization | None,
@@ -49,12 +46,7 @@ def serve(
     """Start a daemon, say that it is ready, and return when it has ended.
 
     :param found: what to start with, in order.
-    :param pid_file: where to write the process id once everything is ready; None for nowhere.
-    :param log_level: the least that is logged: error, warning, info or debug.
-    :param loop: the event loop: auto, uvloop or asyncio.
-    :param cipher_processes: how many processes cipher long requests beside this one; None for as
-        many as suit the machine.
-    :param pbkdf_memory: what key derivations may take together, in KiB; None for what is usual.
+    :param settings: what is wanted of the process.
     :param sockets: passed by systemd, to be served too.
     :param notifier: told when the daemon is ready and when it stops.
     :param background: completed when the daemon is ready; None in the foreground.
@@ -64,17 +56,22 @@ def serve(
     :raise Error: there is no such event loop.
     :raise Answered: an option was a question.
     """
-    logging.basicConfig(level=log_level.upper(), format="qmpd: %(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="qmpd: %(levelname)s: %(message)s", stream=sys.stderr
+    )
     # Python ignores it too, unless whoever started us had other ideas.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     keep_freed_memory()
-    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+    with asyncio.Runner(loop_factory=_loop_factory(settings.loop)) as runner:
+        cipher_processes = settings.cipher_processes
         if cipher_processes is None:
             cipher_processes = min(_MOST_CIPHER_PROCESSES, len(os.sched_getaffinity(0)) - 1)
         make_daemon = partial(
-            Daemon, cipher_processes=cipher_processes, pbkdf_memory=pbkdf_memory, machine=machine
+            Daemon, cipher_processes=cipher_processes, pbkdf_memory=settings.pbkdf_memory, machine=machine
         )
-        return runner.run(_live(found, make_daemon, pid_file, sockets, notifier, background, complain))
+        return runner.run(
+            _live(found, make_daemon, settings.pid_file, sockets, notifier, background, complain)
+        )
 
 
 def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:

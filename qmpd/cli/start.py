@@ -105,17 +105,19 @@ class Start:
         await self.daemon.add_blockdev(arguments)
 
     async def _device(self, option: Option) -> None:
-        if option.value.startswith("{"):
-            arguments: dict[str, Any] = parse_json(option.value)
-        else:
+        arguments: dict[str, Any]
+        written = not option.value.startswith("{")
+        if written:
             try:
                 arguments = parse_settings(option.value, None, "driver")
             except dialect.HelpRequested:
                 raise Error("Help is not available for this option") from None
             self._note("device", arguments.get("id"))
+        else:
+            arguments = parse_json(option.value)
         if "driver" not in arguments:
             raise Error("Parameter 'driver' is missing")
-        await self.daemon.add_device(arguments)
+        await self.daemon.add_device(arguments, written=written)
 
     def _note(self, kind: str, identifier: str | None) -> None:
         """See that no other option of the form ``key=value,...`` has made such a thing with this id."""

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Final
 
 from qmpd.cli import system_options
+from qmpd.cli.machine_options import machine_config
 from qmpd.cli.options import Answered, Option
 from qmpd.cli.process import exit_status, read_settings, run_daemon
 
@@ -58,12 +59,9 @@ def _run(arguments: Sequence[str]) -> int:
     for option in found:
         _answer(option)
         system_options.check(option)
-    # Not needed for --help and --version, which are to be quick.
-    from qmpd.cli.machine_options import machine_config
-
     config, memory = machine_config(found, PROGRAM)
     if memory is not None:
-        found.append(Option("memory", memory, ""))
+        found.append(Option("memory", memory, None))
     return run_daemon(PROGRAM, lambda: read_settings(found), _in_order(found), config)
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from qmpd import __version__
-from qmpd.cli.option_values import CPU_MODELS
 from qmpd.cli.options import Option, naming
 from qmpd.cli.system_options import OPTIONS, Fate, SystemOption
 from qmpd.errors import Error
-
-if TYPE_CHECKING:
-    from qmpd.qapi import Schema
+from qmpd.machine import cpu_models, types
+from qmpd.machine.command_line import MACHINE_PROPERTIES
 
 _WIDTH: Final = 79
 
@@ -53,6 +51,8 @@ def answer(option: Option, program: str) -> str | None:
         return usage(program)
     if option.name == "version":
         return version(program)
+    if option.name in _TEXTS:
+        return _TEXTS[option.name]
     with naming(option):
         return _ANSWERS[option.name](option)
 
@@ -132,14 +132,11 @@ def _refusals() -> Iterator[str]:
 
 
 def _machines(option: Option) -> str:
-    from qmpd.machine import types
-    from qmpd.machine.command_line import MACHINE_PROPERTIES
-
     about = {"pc": "a PCI bus", "q35": "a PCI Express bus", "none": "nothing at all"}
     words = option.value.split(",")
     wanted = words[0].removeprefix("type=")
     try:
-        family = types.find(wanted)
+        machine_type = types.find(wanted)
     except Error:
         lines = ["Supported machines are:"]
         for each in types.TYPES.values():
@@ -151,80 +148,43 @@ def _machines(option: Option) -> str:
     properties = [
         f"  {name}=<{property_.type}>"
         for name, property_ in sorted(MACHINE_PROPERTIES.items())
-        if property_.refused is None and family.family in property_.families
+        if property_.refused is None and machine_type.family in property_.families
     ]
-    return "\n".join([f"{family.name}-machine options:", *properties])
-
-
-def _accelerators(option: Option) -> str:
-    return "Accelerators supported in QEMU binary:\ntcg"
+    return "\n".join([f"{machine_type.name}-machine options:", *properties])
 
 
 def _cpus(option: Option) -> str:
-    names = "\n".join(f"  {name}" for name in sorted(CPU_MODELS, key=str.lower))
+    names = "\n".join(f"  {name}" for name in sorted(cpu_models.NAMES, key=str.lower))
     return f"Available CPUs (names only: there is no processor):\n{names}"
 
 
 def _devices(option: Option) -> str | None:
-    from qmpd.qapi import load, schema_directory
-    from qmpd.qom.models import ALIASES, MODELS
+    from qmpd.qapi import SYSTEM_SCHEMA, load, schema_directory
+    from qmpd.qom.option_help import device_help, models_help
 
     if option.value.startswith("{"):
         return None
-    words = option.value.split(",")
-    wanted = words[0].removeprefix("driver=")
-    if wanted in ("help", "?"):
-        aliases = {name: alias for alias, name in ALIASES.items()}
-        return "\n".join(
-            f'name "{model.name}", bus {model.bus}'
-            + (f', alias "{aliases[model.name]}"' if model.name in aliases else "")
-            for model in MODELS.values()
-        )
-    if not {"help", "?"} & set(words[1:]):
+    model, *properties = option.value.split(",")
+    model = model.removeprefix("driver=")
+    if model in ("help", "?"):
+        return models_help()
+    if not {"help", "?"} & set(properties):
         return None
-    name = ALIASES.get(wanted, wanted)
-    if name not in MODELS:
-        raise Error(f"Device '{wanted}' not found")
-    schema = load(schema_directory(), "system-schema.json")
-    return "\n".join([f"{name} options:", *_properties(schema, name)])
+    return device_help(load(schema_directory(), SYSTEM_SCHEMA), model)
 
 
-def _properties(schema: Schema, name: str) -> Iterator[str]:
-    from qmpd.qom.models import DEFAULTS, device_property_types
-
-    for key, type_ in sorted(device_property_types(schema, name).items()):
-        default = DEFAULTS.get(key)
-        if default is None:
-            yield f"  {key}=<{type_}>"
-            continue
-        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-        yield f"  {key}=<{type_}> (default: {shown})"
-
-
-def _displays(option: Option) -> str:
-    return "Available display backend types:\nnone"
-
-
-def _audio_drivers(option: Option) -> str:
-    return "Available audio drivers:\nnone"
-
-
-def _log_items(option: Option) -> str:
-    return "There are no log items; -log takes a level."
-
-
-def _events(option: Option) -> str:
-    return "There are no trace events."
-
+#: Answers that do not depend on the question.
+_TEXTS: Final[Mapping[str, str]] = {
+    "accel": "Accelerators supported in QEMU binary:\ntcg",
+    "audiodev": "Available audio drivers:\nnone",
+    "d": "There are no log items; -log takes a level.",
+    "display": "Available display backend types:\nnone",
+    "trace": "There are no trace events.",
+}
 
 _ANSWERS: Final[Mapping[str, Callable[[Option], str | None]]] = {
     "M": _machines,
-    "accel": _accelerators,
-    "audiodev": _audio_drivers,
     "cpu": _cpus,
-    "d": _log_items,
     "device": _devices,
-    "display": _displays,
     "machine": _machines,
-    "trace": _events,
 }

@@ -53,14 +53,12 @@ class SystemOption:
 
 
 def _acts(name: str, value: str | None, about: str, check: Check | None = None) -> SystemOption:
-    return SystemOption(name, Fate.ACTS, value, about, check or machine_options.CHECKS.get(name))
+    return SystemOption(name, Fate.ACTS, value, about, check)
 
 
 def _accepted(names: str, value: str | None = None, check: Check | None = None) -> Iterator[SystemOption]:
     for name in names.split():
-        yield SystemOption(
-            name, Fate.ACCEPTED, value, check=check or (machine_options.CHECKS.get(name) if value else None)
-        )
+        yield SystemOption(name, Fate.ACCEPTED, value, check=check)
 
 
 def _refused(
@@ -74,11 +72,21 @@ _CHARDEV: Final = "unix:PATH | tcp:HOST:PORT [,server=on][,wait=off] | chardev:I
 
 _TABLE: Final = (
     # The machine
-    _acts("machine", "[type=]NAME[,PROPERTY=VALUE]...", "the type of machine: `-machine help' lists them"),
-    _acts("M", "NAME", "the same as -machine"),
-    _acts("m", "[size=]SIZE", "how much memory it has on paper (default: 128M)"),
+    _acts(
+        "machine",
+        "[type=]NAME[,PROPERTY=VALUE]...",
+        "the type of machine: `-machine help' lists them",
+        machine_options.check_machine,
+    ),
+    _acts("M", "NAME", "the same as -machine", machine_options.check_machine),
+    _acts(
+        "m",
+        "[size=]SIZE",
+        "how much memory it has on paper (default: 128M)",
+        machine_options.check_memory,
+    ),
     _acts("smp", "[cpus=]N", "how many processors it has on paper (default: 1)"),
-    _acts("name", "[guest=]NAME", "its name"),
+    _acts("name", "[guest=]NAME", "its name", option_values.checks("name", "guest")),
     _acts("uuid", "UUID", "its UUID", option_values.check_uuid),
     _acts("S", None, "it does not run until `cont'"),
     _acts("no-shutdown", None, "the process lives on when the machine is switched off"),
@@ -128,7 +136,7 @@ _TABLE: Final = (
     _acts("log", "LEVEL", "error, warning (default), info or debug"),
     _acts("loop", "LOOP", "auto (default), uvloop or asyncio"),
     # What can't matter
-    *_accepted("accel", "tcg|qtest"),
+    *_accepted("accel", "tcg|qtest", machine_options.check_accel),
     *_accepted("cpu", "MODEL", option_values.check_cpu),
     *_accepted("numa", "VALUE", option_values.check_numa),
     *_accepted("boot", "VALUE", option_values.check_boot),

@@ -22,27 +22,10 @@ from cryptography.hazmat.primitives import hashes
 
 from qmpd.crypto import digests
 from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, overwrite, wiped_on_failure
-from qmpd.crypto.steps import Steps, run
+from qmpd.crypto.steps import Steps
 
 #: About a millisecond's.
 _HASHES_IN_A_STEP: Final = 500
-
-
-def split(
-    hash_name: str,
-    key: Buffer,
-    stripes: int,
-    random: Callable[[int], bytes] = os.urandom,
-    *,
-    length: int | None = None,
-) -> KeyBuffer:
-    """Return ``len(key) * stripes`` bytes that :func:`merge` turns back into `key`, for the caller to wipe.
-
-    :param random: gives as many random bytes as it is asked for; they are overwritten.
-    :param length: of the buffer, if there are to be zeroes behind the stripes.
-    :raise Error: no such hash.
-    """
-    return run(splitting(hash_name, key, stripes, random, length=length))
 
 
 def splitting(
@@ -53,7 +36,14 @@ def splitting(
     *,
     length: int | None = None,
 ) -> Steps[KeyBuffer]:
-    """:func:`split` in steps of about a millisecond."""
+    """Return ``len(key) * stripes`` bytes that :func:`merging` turns back into `key`, for the caller to wipe.
+
+    A step takes about a millisecond.
+
+    :param random: gives as many random bytes as it is asked for; they are overwritten.
+    :param length: of the buffer, if there are to be zeroes behind the stripes.
+    :raise Error: no such hash.
+    """
     width = len(key)
     end = width * stripes
     memory = KeyMemory()
@@ -67,10 +57,12 @@ def splitting(
     return material
 
 
-def merge(
+def merging(
     hash_name: str, data: Buffer, key_bytes: int, stripes: int, memory: KeyMemory | None = None
-) -> KeyBuffer:
-    """Return the key of `key_bytes` bytes that :func:`split` spread over `data`, for the caller to wipe.
+) -> Steps[KeyBuffer]:
+    """Return the key of `key_bytes` bytes that :func:`splitting` spread over `data`, for the caller to wipe.
+
+    A step takes about a millisecond.
 
     :param data: at least ``key_bytes * stripes`` bytes; what follows (the rest
         of a sector) is ignored.
@@ -78,13 +70,6 @@ def merge(
     :raise Error: no such hash.
     :raise ValueError: `data` is too short.
     """
-    return run(merging(hash_name, data, key_bytes, stripes, memory))
-
-
-def merging(
-    hash_name: str, data: Buffer, key_bytes: int, stripes: int, memory: KeyMemory | None = None
-) -> Steps[KeyBuffer]:
-    """:func:`merge` in steps of about a millisecond."""
     end = key_bytes * stripes
     if len(data) < end:
         raise ValueError(f"{stripes} stripes of {key_bytes} bytes do not fit into {len(data)} bytes")

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 
 from qmpd.crypto import digests
 from qmpd.crypto.memory import Buffer, overwrite
-from qmpd.crypto.steps import Steps, run
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 #: No key is made with fewer iterations than this, however little time was asked for
@@ -70,7 +70,8 @@ def calibrating(hash_name: str, milliseconds: int, key_bytes: int, *, share: int
     What is measured is this thread's processor time, as QEMU does it, so that
     a busy machine does not make keys weaker, and of several measurements the
     fastest counts, because whatever disturbs one only slows it.  The result is
-    never below :data:`MIN_ITERATIONS`.  Takes some tenths of a second, and less for a short time.
+    never below :data:`MIN_ITERATIONS`.  A step is one measurement; all take some tenths of a second, and less
+    for a short time.
 
     :param share: divides the time.
     :raise Error: no such hash; or more than :data:`MAX_ITERATIONS`, which nobody could open.
@@ -100,8 +101,3 @@ def calibrating(hash_name: str, milliseconds: int, key_bytes: int, *, share: int
         if wanted > most:
             raise Error(f"PBKDF iterations {wanted} larger than {most}: {os.strerror(errno.ERANGE)}")
     return max(MIN_ITERATIONS, wanted)
-
-
-def calibrate(hash_name: str, milliseconds: int, key_bytes: int, *, share: int = 1) -> int:
-    """:func:`calibrating`, all at once."""
-    return run(calibrating(hash_name, milliseconds, key_bytes, share=share))

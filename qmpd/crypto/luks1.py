@@ -64,7 +64,7 @@ from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.memory import Buffer, KeyBuffer, KeyMemory, random_key, wiped_on_failure
 from qmpd.crypto.plan import Barrier, Plan, Write
 from qmpd.crypto.sectors import SECTOR, SectorCipher
-from qmpd.crypto.steps import Steps, run
+from qmpd.crypto.steps import Steps
 from qmpd.errors import Error
 
 __all__ = [
@@ -79,13 +79,11 @@ __all__ = [
     "Header",
     "Keyslot",
     "checking_digest",
-    "format_plan",
     "formatting",
     "iterations_for",
     "new_header",
     "sealing",
     "slot_extent",
-    "unlock_slot",
     "unlocking",
 ]
 
@@ -313,7 +311,7 @@ def _parse_slots(raw: bytes, key_bytes: int, payload_offset: int | None) -> tupl
     )
 
 
-def unlock_slot(
+def unlocking(
     header: Header,
     slot: int,
     password: Buffer,
@@ -321,10 +319,11 @@ def unlock_slot(
     *,
     max_iterations: int = kdf.MAX_ITERATIONS,
     memory: KeyMemory | None = None,
-) -> KeyBuffer | None:
+) -> Steps[KeyBuffer | None]:
     """Try a passphrase on one keyslot (specification, section 4.3 and figure 5).
 
-    It may take long and releases the interpreter lock: call it in a worker thread.
+    Its steps are the slot's derivation, pieces of the merge, and the digest's derivation.  They may take long
+    and release the interpreter lock: take them in a worker thread.
 
     :param header: what :meth:`Header.parse` returned.
     :param slot: the slot's number.
@@ -337,19 +336,6 @@ def unlock_slot(
         active, or the passphrase is not the one.
     :raise Error: more iterations than `max_iterations`.
     """
-    return run(unlocking(header, slot, password, material, max_iterations=max_iterations, memory=memory))
-
-
-def unlocking(
-    header: Header,
-    slot: int,
-    password: Buffer,
-    material: Buffer,
-    *,
-    max_iterations: int = kdf.MAX_ITERATIONS,
-    memory: KeyMemory | None = None,
-) -> Steps[KeyBuffer | None]:
-    """:func:`unlock_slot` in steps: the slot's derivation, pieces of the merge, the digest's derivation."""
     keyslot = header.slots[slot]
     if not keyslot.active:
         return None
@@ -440,48 +426,6 @@ def new_header(
     )
 
 
-def format_plan(
-    spec: CipherSpec,
-    hash_name: str,
-    password: Buffer,
-    slot_iterations: int,
-    digest_iterations: int,
-    *,
-    detached: bool = False,
-    uuid: str | None = None,
-    random: Callable[[int], bytes] = os.urandom,
-) -> tuple[Header, KeyBuffer, Plan]:
-    """Make a volume key and a header with `password` in slot 0 (specification, section 4.1).
-
-    The first write takes away whatever header was there, and the last one
-    puts the new one in place, after the key material has reached the disk: an
-    interrupted creation leaves nothing that claims to be a LUKS volume.
-    Nothing behind :meth:`Header.header_length` is touched.
-
-    It may take long and releases the interpreter lock: call it in a worker thread.
-
-    :param slot_iterations: see :func:`iterations_for`; so is `digest_iterations`.
-    :param detached: the payload is elsewhere and begins at 0.
-    :param uuid: as text; a random one if it is left out.
-    :param random: gives as many random bytes as it is asked for; those of keys are overwritten.
-    :returns: the header, the volume key for the caller to wipe, and what to
-        write to the header's volume in this order.
-    :raise Error: no such hash.
-    """
-    return run(
-        formatting(
-            spec,
-            hash_name,
-            password,
-            slot_iterations,
-            digest_iterations,
-            detached=detached,
-            uuid=uuid,
-            random=random,
-        )
-    )
-
-
 def formatting(
     spec: CipherSpec,
     hash_name: str,
@@ -493,7 +437,23 @@ def formatting(
     uuid: str | None = None,
     random: Callable[[int], bytes] = os.urandom,
 ) -> Steps[tuple[Header, KeyBuffer, Plan]]:
-    """:func:`format_plan` in steps."""
+    """Make a volume key and a header with `password` in slot 0 (specification, section 4.1).
+
+    The first write takes away whatever header was there, and the last one
+    puts the new one in place, after the key material has reached the disk: an
+    interrupted creation leaves nothing that claims to be a LUKS volume.
+    Nothing behind :meth:`Header.header_length` is touched.
+
+    Its steps may take long and release the interpreter lock: take them in a worker thread.
+
+    :param slot_iterations: see :func:`iterations_for`; so is `digest_iterations`.
+    :param detached: the payload is elsewhere and begins at 0.
+    :param uuid: as text; a random one if it is left out.
+    :param random: gives as many random bytes as it is asked for; those of keys are overwritten.
+    :returns: the header, the volume key for the caller to wipe, and what to
+        write to the header's volume in this order.
+    :raise Error: no such hash.
+    """
     blank = new_header(spec, hash_name, detached=detached, uuid=uuid)
     key = random_key(spec.key_bytes, random)
     with wiped_on_failure(key):

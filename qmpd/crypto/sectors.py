@@ -65,8 +65,6 @@ _FEW: Final = 2
 #: for each block, whose calls have to be worth it.
 _ACROSS: Final = 1.5
 
-_SECTOR_WORDS: Final = SECTOR // 8
-
 _WORD: Final = np.dtype("<u8")
 Words = NDArray[np.uint64]
 

@@ -17,7 +17,21 @@ from typing import Any, Final
 
 from qmpd.errors import Error
 
+#: The models that clients are told of.
 MODELS: Final = ("max", "qemu64")
+
+_NAMES: Final = """
+    486 athlon base core2duo coreduo kvm32 kvm64 max n270 pentium pentium2 pentium3 phenom qemu32 qemu64
+    Broadwell Broadwell-IBRS Broadwell-noTSX Broadwell-noTSX-IBRS Cascadelake-Server
+    Cascadelake-Server-noTSX ClearwaterForest Conroe Cooperlake Denverton Dhyana EPYC EPYC-Genoa EPYC-IBPB
+    EPYC-Milan EPYC-Rome GraniteRapids Haswell Haswell-IBRS Haswell-noTSX Haswell-noTSX-IBRS Icelake-Server
+    Icelake-Server-noTSX IvyBridge IvyBridge-IBRS KnightsMill Nehalem Nehalem-IBRS Opteron_G1 Opteron_G2
+    Opteron_G3 Opteron_G4 Opteron_G5 Penryn SandyBridge SandyBridge-IBRS SapphireRapids SierraForest
+    Skylake-Client Skylake-Client-IBRS Skylake-Client-noTSX-IBRS Skylake-Server Skylake-Server-IBRS
+    Skylake-Server-noTSX-IBRS Snowridge Westmere Westmere-IBRS YongFeng
+"""
+#: What ``-cpu`` takes: all models of QEMU's, without their versions.
+NAMES: Final = frozenset(_NAMES.split())
 
 #: What `query-cpu-model-expansion` calls a model that never changes.
 _STATIC: Final = "base"

@@ -135,7 +135,8 @@ def parse(text: str, implied_key: str | None = None) -> dict[str, Any]:
 _INTEGER: Final = re.compile(r"\s*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))")
 _SIZE: Final = re.compile(r"\s*\+?(?:0[xX]([0-9a-fA-F]+)|([0-9]*)(\.[0-9]*)?([bBkKmMgGtTpPeE]?))")
 _SUFFIXES: Final = "BKMGTPE"
-_BOOLEANS: Final[Mapping[str, bool]] = dict.fromkeys(("on", "yes", "true", "y"), True) | dict.fromkeys(
+#: What a boolean may be written as.
+SWITCH: Final[Mapping[str, bool]] = dict.fromkeys(("on", "yes", "true", "y"), True) | dict.fromkeys(
     ("off", "no", "false", "n"), False
 )
 #: More digits than any integer type holds, fewer than Python minds.
@@ -191,7 +192,7 @@ def _number(text: str, type_: BuiltinType) -> int | float | None:
 
 
 def _boolean(text: str, type_: BuiltinType) -> bool | None:
-    return _BOOLEANS.get(text)
+    return SWITCH.get(text)
 
 
 _READERS: Final[Mapping[str, Callable[[str, BuiltinType], int | float | bool | None]]] = {

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from qmpd.errors import Error
+from qmpd.qapi.keyval import SWITCH, read_size
 
 
 class HelpRequested(Exception):
@@ -29,11 +30,6 @@ class Kind(enum.Enum):
     NUMBER = enum.auto()
     SIZE = enum.auto()
 
-
-_SWITCH: Final[Mapping[str, bool]] = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][-A-Za-z0-9._]*\Z")
 _ELEMENT: Final = re.compile(r"(?P<key>[^=,]*)(?P<equals>=)?")
@@ -113,7 +109,7 @@ def _flag(word: str, known: Mapping[str, Kind]) -> tuple[str, str]:
 
 def _switch(key: str, value: str) -> bool:
     try:
-        return _SWITCH[value]
+        return SWITCH[value]
     except KeyError:
         raise Error(f"Parameter '{key}' expects 'on' or 'off'") from None
 
@@ -128,8 +124,6 @@ def _number(key: str, value: str) -> int:
 
 
 def _size(key: str, value: str) -> int:
-    from qmpd.qapi.keyval import read_size  # an emulator's probing is to start soon: few options are sizes
-
     if value.startswith("-") and value[1:].isdecimal():
         raise Error(f"Value '{value}' is out of range for parameter '{key}'")
     size = read_size(value)

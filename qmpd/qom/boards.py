@@ -4,8 +4,7 @@ A board is a table: which root bus there is, who provides it, and which places
 on it the chip set takes.  The chip set is there by its types and places only, so
 that addresses mean here what they mean in QEMU; its controllers do nothing.
 
-A storage daemon has :data:`FLEXIBLE`: no machine, but a bus that takes what the
-client's machine would take.
+A storage daemon has no board: see :class:`qmpd.qom.devices.Devices`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from qmpd.block.backend import Backend
 from qmpd.block.graph import Graph
-from qmpd.block.node import Node
+from qmpd.block.node import SECTOR, Node
 from qmpd.block.permissions import Permission
 from qmpd.errors import DeviceNotFound, Error
 from qmpd.qom.boards import Board
@@ -29,7 +29,6 @@ from qmpd.qom.guest_disk import GuestDisk
 from qmpd.qom.iothread import IOThread
 from qmpd.qom.models import (
     ALIASES,
-    AUTO_UINT16,
     AUTO_UINT32,
     HISTORIC,
     INNER_BUS,
@@ -40,6 +39,7 @@ from qmpd.qom.models import (
 )
 from qmpd.qom.object import Object, schema_properties
 from qmpd.qom.pci_info import pci_info
+from qmpd.qom.realize import realize
 from qmpd.qom.tree import ObjectTree
 from qmpd.qom.types import TYPES
 
@@ -54,27 +54,12 @@ _EVENT_DELAY: Final = 0.02
 #: The members of `device_add` itself; all others are properties.
 _COMMAND_MEMBERS: Final = frozenset({"driver", "id", "bus"})
 
-_SECTOR: Final = 512
 _MAX_BLOCK: Final = 2 << 20
-_UNSET_DISCARD: Final = AUTO_UINT32
 
 #: Properties that are written as a size of any length, and have 32 bits.
 _SIZES_32: Final = ("min_io_size", "opt_io_size", "discard_granularity")
 
-#: What a virtio or SCSI disk can tell the guest about its smallest efficient request, in logical blocks.
-_MIN_IO_BLOCKS_MAX: Final = (1 << 16) - 1
-
-#: The largest geometry.
-_GEOMETRY_MAX: Final = (("cyls", 65535), ("heads", 255), ("secs", 255))
-
-_MAX_QUEUES: Final = 1024
-_SCSI_FIXED_QUEUES: Final = 2
 _ACPI_INDEX_MAX: Final = (1 << 14) - 1
-#: The most sectors that a virtio disk can discard or zero at once: less than 2 GiB.
-_MAX_REQUEST_SECTORS: Final = (1 << 22) - 1
-#: What a SCSI disk calls itself is its serial number unless it is told, and has no more room.
-_SCSI_DEVICE_ID_MAX: Final = 20
-_SCSI_SERIAL_MAX: Final = 36
 
 #: What a guest's disk lets others do with its node.
 _SHARED: Final = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED | Permission.RESIZE
@@ -160,11 +145,11 @@ class Devices:
         device = Device(model, self._tree.schema, device_id, bus, hotplugged=hotplugged)
         name = self._reserve_name(device_id)
         self._set_properties(device, options, written=written)
-        node = self._drive(device, options)
+        node = self._drive(device)
         self._check_pci(device)
         self._place(device)
         path = f"/machine/{'peripheral-anon' if device_id is None else 'peripheral'}/{name}"
-        _PREPARE[model.family](device, node)
+        realize(device, node)
         self._check_chassis(device)
         if node is not None:
             self._attach(device, node, path)
@@ -234,7 +219,7 @@ class Devices:
         if "addr" in given and "addr" in known:
             given["addr"] = pci_address(model.name, given["addr"])
         values = schema.coerce(model.struct, given)
-        if written or (not device.hotplugged and all(isinstance(value, str) for value in given.values())):
+        if written:
             schema.validate_option(model.struct, values)
         else:
             schema.validate(model.struct, values)
@@ -270,7 +255,7 @@ class Devices:
             raise Error("Invalid parameter type for 'iothread', expected: iothread")
         return found.path
 
-    def _drive(self, device: Device, options: Mapping[str, Any]) -> Node | None:
+    def _drive(self, device: Device) -> Node | None:
         name = device.values["drive"]
         if not device.model.disk or not name:
             return None
@@ -526,134 +511,5 @@ def _model(driver: object) -> Model:
 
 
 def _check_block_size(name: str, size: int) -> None:
-    if size and (not _SECTOR <= size <= _MAX_BLOCK or size & (size - 1)):
-        raise Error(f"parameter {name} must be a power of 2 between {_SECTOR} and {_MAX_BLOCK}")
-
-
-# -- what a device needs to work
-
-
-def _prepare_disk(device: Device, node: Node | None) -> Node:
-    if node is None:
-        raise Error("drive property not set")
-    return node
-
-
-def _settle_virtio(device: Device) -> None:
-    """Settle which forms of virtio there are.
-
-    The oldest one needs I/O ports, which are scarce behind PCI Express ports: there it is off by default.
-    """
-    values = device.values
-    if values["disable-legacy"] == "auto":
-        in_port = isinstance(device.bus, PCIBus) and device.bus.root_port
-        values["disable-legacy"] = "on" if in_port else "off"
-    if values["disable-legacy"] == "on" and values["disable-modern"]:
-        raise Error("device cannot work as neither modern nor legacy mode is enabled")
-
-
-def _settle_block_sizes(device: Device) -> None:
-    """Check the sizes of requests, and fill in what was left open."""
-    values = device.values
-    values["logical_block_size"] = logical = values["logical_block_size"] or _SECTOR
-    values["physical_block_size"] = values["physical_block_size"] or _SECTOR
-    if logical > values["physical_block_size"]:
-        raise Error("logical_block_size > physical_block_size not supported")
-    if values["min_io_size"] % logical:
-        raise Error("min_io_size must be a multiple of logical_block_size")
-    if values["min_io_size"] // logical > _MIN_IO_BLOCKS_MAX:
-        raise Error(f"min_io_size must not exceed {_MIN_IO_BLOCKS_MAX} logical blocks")
-    if values["opt_io_size"] % logical:
-        raise Error("opt_io_size must be a multiple of logical_block_size")
-    if values["discard_granularity"] != _UNSET_DISCARD and values["discard_granularity"] % logical:
-        raise Error("discard_granularity must be a multiple of logical_block_size")
-
-
-def _settle_geometry(device: Device, node: Node) -> None:
-    """Check the geometry if there is one, or else make one up."""
-    values = device.values
-    if not (values["cyls"] or values["heads"] or values["secs"]):
-        values["heads"], values["secs"] = 16, 63
-        values["cyls"] = min(max(node.size // _SECTOR // (16 * 63), 2), 16383)
-    for name, most in _GEOMETRY_MAX:
-        if not 1 <= values[name] <= most:
-            raise Error(f"{name} must be between 1 and {most}")
-
-
-def _check_io_thread(device: Device) -> None:
-    if device.values["iothread"] and not device.values["ioeventfd"]:
-        raise Error("ioeventfd is required for iothread")
-
-
-def _prepare_virtio_blk(device: Device, node: Node | None) -> None:
-    _settle_virtio(device)
-    disk, values = _prepare_disk(device, node), device.values
-    if values["num-queues"] == AUTO_UINT16:
-        values["num-queues"] = 1
-    if values["num-queues"] == 0:
-        raise Error("num-queues property must be larger than 0")
-    if values["num-queues"] > _MAX_QUEUES:
-        raise Error(f"num-queues property must not be larger than {_MAX_QUEUES}")
-    size = values["queue-size"]
-    if size > 1024 or size & (size - 1):
-        raise Error(f"invalid queue-size property ({size}), must be a power of 2 (max 1024)")
-    if size <= 2:
-        raise Error(f"invalid queue-size property ({size}), must be > 2")
-    _settle_geometry(device, disk)
-    _settle_block_sizes(device)
-    for feature in ("discard", "write-zeroes"):
-        sectors = values[f"max-{feature}-sectors"]
-        if values[feature] and not 1 <= sectors <= _MAX_REQUEST_SECTORS:
-            raise Error(
-                f"invalid max-{feature}-sectors property ({sectors}), "
-                f"must be between 1 and {_MAX_REQUEST_SECTORS}"
-            )
-    _check_io_thread(device)
-    if values["vectors"] == AUTO_UINT32:
-        values["vectors"] = values["num-queues"] + 1
-
-
-def _prepare_virtio_scsi(device: Device, node: Node | None) -> None:
-    _settle_virtio(device)
-    values = device.values
-    if values["num_queues"] == AUTO_UINT32:
-        values["num_queues"] = 1
-    most = _MAX_QUEUES - _SCSI_FIXED_QUEUES
-    if not 0 < values["num_queues"] <= most:
-        raise Error(
-            f"Invalid number of queues (= {values['num_queues']}), "
-            f"must be a positive integer less than {most}."
-        )
-    _check_io_thread(device)
-    if values["vectors"] == AUTO_UINT32:
-        values["vectors"] = values["num_queues"] + _SCSI_FIXED_QUEUES + 1
-
-
-def _prepare_scsi_disk(device: Device, node: Node | None) -> None:
-    disk, values = _prepare_disk(device, node), device.values
-    _settle_block_sizes(device)
-    _settle_geometry(device, disk)
-    if len(values["serial"]) > _SCSI_SERIAL_MAX:
-        raise Error(f"The serial number can't be longer than {_SCSI_SERIAL_MAX} characters")
-    if "device_id" not in device.given and values["serial"]:
-        if len(values["serial"]) > _SCSI_DEVICE_ID_MAX:
-            raise Error(
-                f"The serial number can't be longer than {_SCSI_DEVICE_ID_MAX} characters "
-                "when it is also used as the default for device_id"
-            )
-        values["device_id"] = values["serial"]
-    if values["discard_granularity"] == _UNSET_DISCARD:
-        values["discard_granularity"] = 4096
-
-
-def _prepare_root_port(device: Device, node: Node | None) -> None:
-    """Nothing is needed."""
-
-
-#: By the model's family.
-_PREPARE: Final[Mapping[str, Callable[[Device, Node | None], None]]] = {
-    "virtio-blk": _prepare_virtio_blk,
-    "virtio-scsi": _prepare_virtio_scsi,
-    "scsi-hd": _prepare_scsi_disk,
-    "pcie-root-port": _prepare_root_port,
-}
+    if size and (not SECTOR <= size <= _MAX_BLOCK or size & (size - 1)):
+        raise Error(f"parameter {name} must be a power of 2 between {SECTOR} and {_MAX_BLOCK}")

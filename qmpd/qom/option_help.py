@@ -5,7 +5,7 @@ from __future__ import annotations
 from qmpd.errors import DeviceNotFound
 from qmpd.qapi import Schema
 from qmpd.qapi.types import EnumType, ObjectType
-from qmpd.qom.models import ALIASES, MODELS, device_property_types
+from qmpd.qom.models import ALIASES, DEFAULTS, MODELS, OF_ALL_DEVICES, device_property_types
 from qmpd.qom.object import OBJECT_TYPE_NAMES, schema_properties
 
 
@@ -33,7 +33,7 @@ def models_help() -> str:
 
 
 def device_help(schema: Schema, driver: str) -> str:
-    """The list of a device model's properties.
+    """The list of the properties that a device model has and not every device, with what they are by default.
 
     :raise DeviceNotFound: if there is no such model.
     """
@@ -41,5 +41,16 @@ def device_help(schema: Schema, driver: str) -> str:
     if name not in MODELS:
         raise DeviceNotFound(f"Device '{driver}' not found")
     types = device_property_types(schema, name)
-    shown = sorted(f"  {key}=<{type_}>" for key, type_ in types.items() if "<" not in type_)
+    shown = sorted(f"  {key}=<{type_}>{_default(key)}" for key, type_ in types.items() if _is_own(key))
     return "\n".join([f"{name} options:", *shown])
+
+
+def _is_own(name: str) -> bool:
+    return name not in OF_ALL_DEVICES and not name.startswith("legacy-")
+
+
+def _default(name: str) -> str:
+    if name not in DEFAULTS:
+        return ""
+    default = DEFAULTS[name]
+    return f" (default: {('on' if default else 'off') if isinstance(default, bool) else default})"

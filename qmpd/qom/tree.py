@@ -2,14 +2,14 @@
 
 The root holds the containers ``backend``, ``chardevs`` and ``objects``, and
 ``machine``: an emulator's from the start, a storage daemon's from the moment on
-when there is a device (without one it looks like QEMU's, which has no machine).  A path is absolute, or it is
-*partial*: then it means the one object whose path ends with it, and if there
-are several, none.
+when there is a device (without one it looks like QEMU's, which has no machine).
+
+A path is absolute, or it is *partial*: then it means the one object whose path
+ends with it, and if there are several, none.
 """
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Awaitable, Iterable, Mapping
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any, Final
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.errors import DeviceNotFound, Error
 from qmpd.qapi import Schema
+from qmpd.qapi.settings import is_identifier
 from qmpd.qom.authz import Authorization, AuthorizationList, SimpleAuthorization
 from qmpd.qom.iothread import IOThread
 from qmpd.qom.machine import MachineObject
@@ -30,8 +31,6 @@ from qmpd.qom.throttle_group import ThrottleGroup
 from qmpd.qom.tls_creds import Anonymous, PreSharedKeys, TLSCredentials, X509Credentials
 from qmpd.qom.types import TYPES, machine_type
 from qmpd.qom.user_creatable import UserCreatable
-
-_IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 #: What a device's property can be, for types with few values.
 _CHOICES: Final[Mapping[str, str]] = {
@@ -131,7 +130,7 @@ class ObjectTree:
         :raise Error: if it can't be made; then nothing has changed.
         """
         object_id: str = options["id"]
-        if not _IDENTIFIER.fullmatch(object_id):
+        if not is_identifier(object_id):
             raise Error("Parameter 'id' expects an identifier")
         made = _CREATABLE[options["qom-type"]](options)
         made.bind(self.schema)
@@ -340,7 +339,7 @@ class ObjectTree:
     def machine(self) -> Container:
         """The container ``/machine`` with those below it, made if it is not there yet.
 
-        What a machine consists of by itself would be in ``unattached``, which is therefore empty.
+        What a board has of itself is in ``unattached``; without a board that is empty.
         """
         machine = self.root.container("machine")
         for name in ("unattached", "peripheral-anon", "peripheral"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from image_locks import FLOCK, locked
 
 from qmpd.block import file_locks
 from qmpd.block.backend import Backend
@@ -23,7 +23,6 @@ from qmpd.errors import Error
 READ = Permission.CONSISTENT_READ
 WRITE = Permission.CONSISTENT_READ | Permission.WRITE
 ALL = Permission.everything()
-_FLOCK = struct.Struct("@hhqqi4x")
 
 
 @pytest.fixture
@@ -31,17 +30,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "a.img"
     path.write_bytes(bytes(1 << 20))
     return path
-
-
-def locked(path: Path) -> list[int]:
-    """The bytes that anybody has locked."""
-    found = []
-    with path.open("rb") as file:
-        for byte in (*range(100, 104), *range(200, 204)):
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-            if _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK:
-                found.append(byte)
-    return found
 
 
 def let_fcntl_fail(monkeypatch: pytest.MonkeyPatch, commands: tuple[int, ...], number: int) -> None:
@@ -60,7 +48,7 @@ def test_a_refused_lock_leaves_nothing_locked_that_was_not_before(image: Path) -
         locks = ImageLocks(mine.fileno())
         locks.prepare(READ, ALL)
         locks.commit()
-        fcntl.fcntl(other, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 203, 1, 0))
+        fcntl.fcntl(other, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 203, 1, 0))
         with pytest.raises(Error, match="^Failed to lock byte 203$"):
             locks.prepare(WRITE, ALL & ~Permission.RESIZE)
         locks.abort()

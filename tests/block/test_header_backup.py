@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from qmpd.block import header_backup
 from qmpd.crypto.ciphers import CipherSpec
 from qmpd.crypto.luks import Luks1
-from qmpd.crypto.luks1 import HEADER_BYTES, Header, format_plan
+from qmpd.crypto.luks1 import HEADER_BYTES, Header, formatting
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
+from qmpd.crypto.steps import run
 from qmpd.errors import Error
 
 
 def known_header() -> Header:
-    header, _, _ = format_plan(CipherSpec("aes-128", "xts", "plain64"), "sha256", b"pw", 1000, 1000)
+    header, _, _ = run(formatting(CipherSpec("aes-128", "xts", "plain64"), "sha256", b"pw", 1000, 1000))
     return header
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from image_locks import locked
 
 from qmpd.block.backend import Backend
 from qmpd.block.drivers import DRIVERS
@@ -26,7 +26,6 @@ READ = Permission.CONSISTENT_READ
 WRITE = Permission.CONSISTENT_READ | Permission.WRITE
 ALL = Permission.everything()
 ALONE = ALL & ~Permission.WRITE
-_FLOCK = struct.Struct("@hhqqi4x")
 
 
 @pytest_asyncio.fixture
@@ -67,17 +66,6 @@ def modes(path: Path) -> list[int]:
         except OSError:
             pass
     return sorted(found)
-
-
-def locked(path: Path) -> list[int]:
-    """The bytes that anybody has locked."""
-    found = []
-    with path.open("rb") as file:
-        for byte in (*range(100, 104), *range(200, 204)):
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-            if _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK:
-                found.append(byte)
-    return found
 
 
 async def test_a_file_that_has_no_name_any_more_is_read_and_written(graph: Graph, image: Path) -> None:

@@ -17,15 +17,16 @@ from daemons import CHECKOUT, PATIENCE, QMPD
 
 from qmpd.cli.process import until_read
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.luks1 import format_plan
+from qmpd.crypto.luks1 import formatting
 from qmpd.crypto.plan import Write
+from qmpd.crypto.steps import run
 
 
 @pytest.fixture
 def endless(tmp_path: Path) -> Path:
     """A LUKS image whose only keyslot takes minutes to try."""
     spec = CipherSpec.from_options("aes-128", "xts", "plain64", None)
-    header, _, plan = format_plan(spec, "sha512", b"pw", 1000, 1000)
+    header, _, plan = run(formatting(spec, "sha512", b"pw", 1000, 1000))
     image = bytearray(header.payload_offset * 512 + 4096)
     for step in plan:
         if isinstance(step, Write):

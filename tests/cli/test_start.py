@@ -29,7 +29,7 @@ class RecordingDaemon:
     async def add_blockdev(self, options: dict[str, Any]) -> None:
         self.asked.append(("blockdev", options))
 
-    async def add_device(self, options: dict[str, Any]) -> None:
+    async def add_device(self, options: dict[str, Any], *, written: bool) -> None:
         self.asked.append(("device", options))
 
     def export_devices(self, wanted: bool) -> None:

@@ -15,8 +15,9 @@ import pytest
 from daemons import PATIENCE, RunningDaemon
 
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.luks1 import format_plan
+from qmpd.crypto.luks1 import formatting
 from qmpd.crypto.plan import Write
+from qmpd.crypto.steps import run
 
 #: Where a keyslot's description and its iteration count are (LUKS1 specification, figures 1 and 2).
 SLOT, SLOT_BYTES = 208, 48
@@ -25,7 +26,7 @@ SLOT, SLOT_BYTES = 208, 48
 def tedious(path: Path, iterations: tuple[int, ...]) -> dict[str, Any]:
     """The options for a LUKS image whose first keyslots have so many iterations; no passphrase opens it."""
     spec = CipherSpec.from_options("aes-128", "xts", "plain64", None)
-    header, _, plan = format_plan(spec, "sha512", b"nobody knows", 1000, 1000)
+    header, _, plan = run(formatting(spec, "sha512", b"nobody knows", 1000, 1000))
     image = bytearray(header.payload_offset * 512 + 4096)
     for step in plan:
         if isinstance(step, Write):

@@ -233,7 +233,7 @@ async def test_help_tells_of_every_command_what_it_takes(parts: Parts) -> None:
 
 async def test_device_help_lists_models_and_properties(parts: Parts) -> None:
     assert 'name "virtio-blk-pci", bus PCI, alias "virtio-blk"\r\n' in await execute(parts, "device_add help")
-    assert "  share-rw=<bool>\r\n" in await execute(parts, "device_add virtio-blk,help")
+    assert "  share-rw=<bool> (default: off)\r\n" in await execute(parts, "device_add virtio-blk,help")
     assert await execute(parts, "device_add nope,help") == "Device 'nope' not found\r\n"
     assert "  secret\r\n" in await execute(parts, "object_add help")
     assert "  data=<string>\r\n" in await execute(parts, "object_add secret,help")

@@ -41,8 +41,9 @@ from daemons import CHECKOUT
 from harness import load_qmpdiff
 
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.luks1 import format_plan
+from qmpd.crypto.luks1 import formatting
 from qmpd.crypto.plan import Write
+from qmpd.crypto.steps import run
 
 HERE: Final = Path(__file__).parent
 
@@ -778,7 +779,7 @@ CUT_BYTES: Final = 102400
 def luks_volume() -> bytes:
     """Return a LUKS volume of 1 MiB with the password "pw", which is quick to unlock."""
     spec = CipherSpec("aes-256", "xts", "plain64")
-    header, _, plan = format_plan(spec, "sha256", b"pw", 1000, 1000, random=Random(1).randbytes)
+    header, _, plan = run(formatting(spec, "sha256", b"pw", 1000, 1000, random=Random(1).randbytes))
     volume = bytearray(header.header_length() + (1 << 20))
     for write in plan:
         if isinstance(write, Write):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmpd.crypto.antiforensic import merge, split
+from qmpd.crypto.antiforensic import merging, splitting
+from qmpd.crypto.steps import run
 from qmpd.errors import Error
 
 
@@ -28,9 +29,9 @@ def diffused(hash_name: str, block: bytes) -> bytes:
 )
 @settings(deadline=None)
 def test_merging_gives_back_what_was_split(hash_name: str, key: bytes, stripes: int) -> None:
-    material = split(hash_name, key, stripes)
+    material = run(splitting(hash_name, key, stripes))
     assert len(material) == len(key) * stripes
-    assert merge(hash_name, material.data, len(key), stripes).data == key
+    assert run(merging(hash_name, material.data, len(key), stripes)).data == key
 
 
 @pytest.mark.parametrize("hash_name", ["sha1", "sha256", "sha512"])
@@ -42,22 +43,22 @@ def test_merging_is_what_the_specification_says(hash_name: str, width: int) -> N
         stripe = material[start : start + width]
         state = diffused(hash_name, bytes(a ^ b for a, b in zip(state, stripe, strict=True)))
     expected = bytes(a ^ b for a, b in zip(state, material[-width:], strict=True))
-    assert merge(hash_name, material + b"rest of the sector", width, 5).data == expected
+    assert run(merging(hash_name, material + b"rest of the sector", width, 5)).data == expected
 
 
 def test_one_changed_bit_in_any_stripe_changes_the_key() -> None:
-    material = split("sha256", bytes(32), 8)
+    material = run(splitting("sha256", bytes(32), 8))
     for stripe in range(8):
         damaged = bytearray(material.data)
         damaged[stripe * 32 + 5] ^= 1
-        assert merge("sha256", damaged, 32, 8).data != bytes(32)
+        assert run(merging("sha256", damaged, 32, 8)).data != bytes(32)
 
 
 def test_material_that_is_too_short_is_refused() -> None:
     with pytest.raises(ValueError, match="4 stripes of 32 bytes do not fit into 127 bytes"):
-        merge("sha256", bytes(127), 32, 4)
+        run(merging("sha256", bytes(127), 32, 4))
 
 
 def test_an_unknown_hash_is_refused() -> None:
     with pytest.raises(Error, match="^Hash algorithm 'crc32' not supported$"):
-        split("crc32", bytes(32), 4)
+        run(splitting("crc32", bytes(32), 4))

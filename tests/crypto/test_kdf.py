@@ -6,6 +6,7 @@ import time
 import pytest
 
 from qmpd.crypto import kdf
+from qmpd.crypto.steps import run
 from qmpd.errors import Error
 
 
@@ -48,14 +49,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_time_at_all_still_gives_the_least_iterations() -> None:
-    assert kdf.calibrate("sha256", 0, 32) == kdf.MIN_ITERATIONS
+    assert run(kdf.calibrating("sha256", 0, 32)) == kdf.MIN_ITERATIONS
 
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("milliseconds", [10, 25, 2000, 900_000])
 def test_iterations_are_as_many_as_the_time_asked_for_allows(milliseconds: int) -> None:
-    assert kdf.calibrate("sha512", milliseconds, 32) == pytest.approx(1000 * milliseconds, rel=1e-3)
-    assert kdf.calibrate("sha512", milliseconds, 32, share=8) == pytest.approx(125 * milliseconds, rel=1e-3)
+    assert run(kdf.calibrating("sha512", milliseconds, 32)) == pytest.approx(1000 * milliseconds, rel=1e-3)
+    assert run(kdf.calibrating("sha512", milliseconds, 32, share=8)) == pytest.approx(
+        125 * milliseconds, rel=1e-3
+    )
 
 
 @pytest.mark.usefixtures("clock")
@@ -63,23 +66,23 @@ def test_a_short_time_is_measured_in_a_shorter_one_than_a_long_time() -> None:
     taken = []
     for milliseconds in (1, 10, 2000):
         start = time.thread_time()
-        kdf.calibrate("sha512", milliseconds, 32)
+        run(kdf.calibrating("sha512", milliseconds, 32))
         taken.append(time.thread_time() - start)
     assert taken == sorted(set(taken))
 
 
 @pytest.mark.usefixtures("clock")
 def test_a_hash_for_which_qemu_is_quicker_gets_a_tenth_more() -> None:
-    assert kdf.calibrate("sha256", 2000, 32) == pytest.approx(2_200_000, rel=1e-3)
+    assert run(kdf.calibrating("sha256", 2000, 32)) == pytest.approx(2_200_000, rel=1e-3)
 
 
 @pytest.mark.usefixtures("clock")
 def test_more_iterations_than_would_be_opened_are_refused() -> None:
-    kdf.calibrate("sha512", 999_000, 32)
+    run(kdf.calibrating("sha512", 999_000, 32))
     with pytest.raises(
         Error, match=r"^PBKDF iterations 1[0-9]{9} larger than 1000000000: Numerical result out of range$"
     ):
-        kdf.calibrate("sha512", 1_002_000, 32)
+        run(kdf.calibrating("sha512", 1_002_000, 32))
 
 
 @pytest.mark.usefixtures("clock")
@@ -93,7 +96,7 @@ def test_more_iterations_than_would_be_opened_are_refused() -> None:
 )
 def test_absurd_times_are_refused_as_by_qemu(milliseconds: int, complaint: str) -> None:
     with pytest.raises(Error, match=f"^PBKDF iterations {complaint}: Numerical result out of range$"):
-        kdf.calibrate("sha512", milliseconds, 32)
+        run(kdf.calibrating("sha512", milliseconds, 32))
 
 
 @pytest.mark.usefixtures("clock")

@@ -17,11 +17,9 @@ from qmpd.crypto.luks1 import (
     Barrier,
     Header,
     Write,
-    format_plan,
     formatting,
     iterations_for,
     new_header,
-    unlock_slot,
     unlocking,
 )
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
@@ -67,7 +65,7 @@ def volume_of(plan: list[Write | Barrier]) -> bytearray:
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Header, KeyBuffer, list[Write | Barrier], bytearray]:
-    header, key, plan = format_plan(AES_256, "sha256", PASSWORD, 1000, 1000)
+    header, key, plan = run(formatting(AES_256, "sha256", PASSWORD, 1000, 1000))
     return header, key, plan, volume_of(plan)
 
 
@@ -127,20 +125,20 @@ def test_a_new_header_has_qemus_geometry(
 def test_what_was_formatted_is_unlocked_by_its_password_only(
     spec: CipherSpec, hash_name: str, detached: bool
 ) -> None:
-    header, key, plan = format_plan(spec, hash_name, PASSWORD, 1001, 1002, detached=detached)
+    header, key, plan = run(formatting(spec, hash_name, PASSWORD, 1001, 1002, detached=detached))
     volume = volume_of(plan)
     parsed = Header.parse(volume, detached=detached)
     assert parsed == header
     assert parsed.spec == spec
     offset, length = parsed.material_extent(0)
     material = volume[offset : offset + length]
-    found = unlock_slot(parsed, 0, PASSWORD, material)
+    found = run(unlocking(parsed, 0, PASSWORD, material))
     assert found is not None
     assert found.data == key.data
-    assert unlock_slot(parsed, 0, b"abc124", material) is None
-    assert unlock_slot(parsed, 1, PASSWORD, material) is None
+    assert run(unlocking(parsed, 0, b"abc124", material)) is None
+    assert run(unlocking(parsed, 1, PASSWORD, material)) is None
     material[length // 2] ^= 1
-    assert unlock_slot(parsed, 0, PASSWORD, material) is None
+    assert run(unlocking(parsed, 0, PASSWORD, material)) is None
 
 
 def test_a_header_is_packed_as_it_was_parsed(packed: bytes) -> None:
@@ -181,8 +179,10 @@ def test_nothing_that_is_written_holds_the_key_or_reaches_the_payload(
 def test_the_same_random_bytes_make_the_same_volume() -> None:
     def made() -> tuple[Header, list[Write | Barrier]]:
         source = random.Random(7)
-        header, _, plan = format_plan(
-            AES_256, "sha256", PASSWORD, 1000, 1000, uuid="00000000-1111-2222", random=source.randbytes
+        header, _, plan = run(
+            formatting(
+                AES_256, "sha256", PASSWORD, 1000, 1000, uuid="00000000-1111-2222", random=source.randbytes
+            )
         )
         return header, plan
 
@@ -375,7 +375,7 @@ def test_unlocking_a_mutated_header_gives_the_key_or_none_or_a_refusal(
         header = Header.parse(changed(volume[:HEADER_BYTES], *mutations))
         offset, length = header.material_extent(0)
         material = volume[offset : offset + length - missing]
-        found = unlock_slot(header, 0, PASSWORD, material, max_iterations=1000)
+        found = run(unlocking(header, 0, PASSWORD, material, max_iterations=1000))
     except Error:
         return
     assert found is None or found.data == key.data
@@ -384,10 +384,10 @@ def test_unlocking_a_mutated_header_gives_the_key_or_none_or_a_refusal(
 def test_an_absurd_iteration_count_is_refused_when_unlocking(packed: bytes) -> None:
     slot = Header.parse(changed(packed, (slot_field(0, ITERATIONS), number(0xFFFFFFFF))))
     with pytest.raises(Error, match="^Keyslot 0 iteration count 4294967295 is more than the 1000000000"):
-        unlock_slot(slot, 0, PASSWORD, b"")
+        run(unlocking(slot, 0, PASSWORD, b""))
     digest = Header.parse(changed(packed, (DIGEST_ITERATIONS, number(0xFFFFFFFF))))
     with pytest.raises(Error, match="^LUKS key iteration count 4294967295 is more than the 5000 allowed$"):
-        unlock_slot(digest, 0, PASSWORD, b"", max_iterations=5000)
+        run(unlocking(digest, 0, PASSWORD, b"", max_iterations=5000))
 
 
 def test_the_digest_takes_an_eighth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +419,7 @@ def _kept_key_memory(monkeypatch: pytest.MonkeyPatch) -> list[KeyBuffer]:
 def test_an_unlock_that_is_stopped_between_any_two_steps_leaves_no_key_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    header, _, plan = format_plan(AES_256, "sha256", PASSWORD, 1000, 1000)
+    header, _, plan = run(formatting(AES_256, "sha256", PASSWORD, 1000, 1000))
     material = next(step.data for step in plan if isinstance(step, Write) and step.offset)
     count = len(list(unlocking(header, 0, PASSWORD, material)))
     assert count > 10

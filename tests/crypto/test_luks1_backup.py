@@ -21,9 +21,9 @@ from qmpd.crypto.luks1 import (
     Header,
     Keyslot,
     checking_digest,
-    format_plan,
+    formatting,
     new_header,
-    unlock_slot,
+    unlocking,
 )
 from qmpd.crypto.luks1_backup import backup_image, difference, restore_plan, rewrite_plan
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES, activating, erase_plan
@@ -42,7 +42,7 @@ class Volume:
         source = random.Random(repr(sorted(slots.items())))
         self.random: Callable[[int], bytes] = source.randbytes
         if origin is None:
-            self.header, key, plan = format_plan(SPEC, "sha256", b"first", 1000, 1000, random=self.random)
+            self.header, key, plan = run(formatting(SPEC, "sha256", b"first", 1000, 1000, random=self.random))
             self.key = bytes(key.data)
             self.data = bytearray(self.header.header_length())
             self.apply(plan)
@@ -100,7 +100,7 @@ class Openers:
     def _opens(self, header: Header, slot: int, key_material: bytes, password: bytes) -> bool:
         what = header.slots[slot], key_material, password
         if what not in self._tried:
-            self._tried[what] = unlock_slot(header, slot, password, key_material) is not None
+            self._tried[what] = run(unlocking(header, slot, password, key_material)) is not None
         return self._tried[what]
 
 

@@ -16,7 +16,7 @@ from qmpd.block.drivers.file import FileNode
 from qmpd.block.graph import Graph
 from qmpd.crypto import luks
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.luks1 import format_plan
+from qmpd.crypto.luks1 import formatting
 from qmpd.crypto.plan import Write
 from qmpd.crypto.steps import run
 from qmpd.errors import Error
@@ -29,8 +29,8 @@ class Trial:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.path = directory, directory / "header"
-        header, _, plan = format_plan(
-            CipherSpec("aes-128", "xts", "plain64"), "sha256", PASSWORD, 1000, 1000, detached=True
+        header, _, plan = run(
+            formatting(CipherSpec("aes-128", "xts", "plain64"), "sha256", PASSWORD, 1000, 1000, detached=True)
         )
         disk = bytearray(header.header_length() + 32768)
         for step in plan:

@@ -21,7 +21,7 @@ from qmpd.block.drivers.luks import LuksNode
 from qmpd.block.graph import Graph
 from qmpd.crypto import luks, luks2_keyslots
 from qmpd.crypto.ciphers import CipherSpec
-from qmpd.crypto.luks1 import format_plan
+from qmpd.crypto.luks1 import formatting
 from qmpd.crypto.luks1_keyslots import HEADER_SECTORS_BYTES
 from qmpd.crypto.luks2_kdf import Kdf
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
@@ -63,7 +63,7 @@ def volumes(version: int = 1) -> tuple[bytes, bytes]:
     spec = CipherSpec("aes-128", "xts", "plain64")
     header: luks.LuksHeader
     if version == 1:
-        said, key, plan = format_plan(spec, "sha256", PASSWORDS["old"], 1000, 1000, detached=True)
+        said, key, plan = run(formatting(spec, "sha256", PASSWORDS["old"], 1000, 1000, detached=True))
         header = luks.Luks1(said, said.pack().ljust(HEADER_SECTORS_BYTES, b"\0"))
     else:
         said_2, key, plan = run(

@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 from daemons import CHECKOUT
-from documents import typed
+from documents import assert_in_order, typed
 
 from qmpd.commands.human.command import Command
 from qmpd.commands.human.execute import COMMANDS
@@ -52,9 +52,5 @@ def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
         "Error: Property 'virtio-blk-device.drive' can't find value 'nowhere'\n",
         "block_resize device size -- ",
     )
-    position = 0
-    for text in expected:
-        found = shown.find(text, position)
-        assert found >= 0, f"{text!r} is not there, or not in this place:\n{shown}"
-        position = found
+    assert_in_order(shown, expected)
     assert shown.count("Error") == 1

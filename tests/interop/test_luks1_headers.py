@@ -22,10 +22,11 @@ from qmpd.crypto.luks1 import (
     SLOTS,
     Header,
     Write,
-    format_plan,
-    unlock_slot,
+    formatting,
+    unlocking,
 )
 from qmpd.crypto.sectors import SectorCipher
+from qmpd.crypto.steps import run as run_steps
 
 PASSWORD = "abc123"
 PAYLOAD_BYTES = 1 << 20
@@ -56,7 +57,7 @@ def unlocked(volume: Path, slot: int, *, detached: bool = False) -> tuple[Header
     header = Header.parse(data[:HEADER_BYTES], detached=detached)
     for number in range(SLOTS):
         offset, length = header.material_extent(number)
-        key = unlock_slot(header, number, PASSWORD.encode(), data[offset : offset + length])
+        key = run_steps(unlocking(header, number, PASSWORD.encode(), data[offset : offset + length]))
         assert (key is not None) == (number == slot)
         if key is not None:
             cipher = SectorCipher(header.spec, key.data)
@@ -148,13 +149,15 @@ def test_what_qemu_img_creates_is_unlocked(
     assert header.spec == CipherSpec(algorithm, mode, ivgen, ivgen_hash)
     assert header.pack() == volume.read_bytes()[:HEADER_BYTES]
     # The same geometry as ours, byte for byte but for what is random or measured.
-    ours, _, _ = format_plan(
-        header.spec,
-        hash_name,
-        b"",
-        header.slots[0].iterations,
-        header.digest_iterations,
-        uuid=header.uuid,
+    ours, _, _ = run_steps(
+        formatting(
+            header.spec,
+            hash_name,
+            b"",
+            header.slots[0].iterations,
+            header.digest_iterations,
+            uuid=header.uuid,
+        )
     )
     assert without_random(ours.pack()) == without_random(header.pack())
     assert header.payload_bytes(volume.stat().st_size) == PAYLOAD_BYTES
@@ -201,7 +204,9 @@ def known_to_cryptsetup(spec: CipherSpec) -> bool:
 def test_what_we_format_is_opened_by_the_peers(
     tmp_path: Path, spec: CipherSpec, hash_name: str, detached: bool
 ) -> None:
-    header, key, plan = format_plan(spec, hash_name, PASSWORD.encode(), 1000, 1000, detached=detached)
+    header, key, plan = run_steps(
+        formatting(spec, hash_name, PASSWORD.encode(), 1000, 1000, detached=detached)
+    )
     volume = tmp_path / "header"
     with volume.open("w+b") as file:
         file.truncate(header.header_length() + (0 if detached else PAYLOAD_BYTES))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Final
 
 import ordinary_user
@@ -45,9 +44,3 @@ def test_the_commands_of_the_page_about_libvirt_print_what_it_shows() -> None:
             output = re.sub(r"\n(?=\n)", "", outputs[asked - 1])
             pattern = shown_as(re.sub(r"\n(?=\n)", "", text))
             assert pattern.fullmatch(output), f"shown:\n{text}\nprinted:\n{output}"
-
-
-def test_the_files_that_the_page_links_to_exist() -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGE)
-    assert links
-    assert [link for link in links if not (CHECKOUT / "docs" / Path(link)).exists()] == []

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import json
-import subprocess
 from typing import Any
 
 import pytest
+from daemons import emulator_replies
 
 from qmpd.errors import Error
 from qmpd.machine import types
@@ -41,18 +40,10 @@ def test_answers_are_what_the_schema_says() -> None:
 
 @pytest.mark.peer("qemu-system-x86_64")
 def test_types_are_those_that_qemu_does_not_call_deprecated() -> None:
-    commands = ("qmp_capabilities", "query-machines", "quit")
-    said = subprocess.run(
-        ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"],
-        input="".join(json.dumps({"execute": command}) for command in commands),
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    replies = [message["return"] for message in map(json.loads, said.splitlines()) if "return" in message]
+    (machines,) = emulator_replies({"execute": "query-machines"})
     theirs = {
         info["name"]: comparable(info)
-        for info in replies[1]
+        for info in machines
         if not info["deprecated"] and info["name"].startswith(("pc-", "none"))
     }
     assert {info["name"]: comparable(info) for info in types.infos(compat_props=False)} == theirs

@@ -47,9 +47,9 @@ def port(device_id: str, **properties: Any) -> dict[str, Any]:
     return {"driver": "pcie-root-port", "id": device_id, **properties}
 
 
-def refused(devices: Devices, options: dict[str, Any], *, hotplugged: bool = True) -> str:
+def refused(devices: Devices, options: dict[str, Any], **how: bool) -> str:
     with pytest.raises(Error) as error:
-        devices.add(options, hotplugged=hotplugged)
+        devices.add(options, **how)
     return error.value.desc
 
 
@@ -225,7 +225,7 @@ def test_text_on_the_command_line_is_refused_in_its_words(
     machine: Make, name: str, value: str, text: str
 ) -> None:
     options = {"driver": "virtio-blk-pci", "drive": "n", name: value}
-    assert refused(machine("pc"), options, hotplugged=False) == text
+    assert refused(machine("pc"), options, hotplugged=False, written=True) == text
 
 
 def test_a_storage_daemon_does_not_know_an_emulators_types(schema: Schema) -> None:

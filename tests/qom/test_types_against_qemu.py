@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from typing import Any, Final
 
 import pytest
+from daemons import emulator_replies
 
 from qmpd.machine import types as machines
 from qmpd.qapi import load, schema_directory
@@ -20,21 +19,6 @@ DEVICES: Final = (*MODELS, *SOLDERED, "virtio-blk-device", "virtio-scsi-device")
 MACHINES: Final = ("none-machine", "generic-pc-machine", "pc-q35-10.0-machine", "pc-i440fx-10.0-machine")
 
 Described = dict[str, dict[str, Any]]
-
-
-def ask(*commands: dict[str, Any]) -> list[Any]:
-    """The replies of qemu-system-x86_64 to these commands."""
-    said = subprocess.run(
-        ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"],
-        input="".join(
-            json.dumps(each) for each in ({"execute": "qmp_capabilities"}, *commands, {"execute": "quit"})
-        ),
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    replies = [message["return"] for message in map(json.loads, said.splitlines()) if "return" in message]
-    return replies[1:-1]
 
 
 def by_name(described: list[dict[str, Any]]) -> Described:
@@ -54,7 +38,7 @@ def without_text(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_type_extends_what_it_extends_in_qemu(tree: ObjectTree) -> None:
-    (theirs,) = ask({"execute": "qom-list-types", "arguments": {"abstract": True}})
+    (theirs,) = emulator_replies({"execute": "qom-list-types", "arguments": {"abstract": True}})
     theirs = by_name(theirs)
     ours = by_name(tree.list_types(abstract=True))
     assert len(ours) > 80
@@ -64,7 +48,7 @@ def test_every_type_extends_what_it_extends_in_qemu(tree: ObjectTree) -> None:
 @pytest.mark.parametrize("command", ["device-list-properties", "qom-list-properties"])
 def test_what_a_model_has_it_has_in_qemu(tree: ObjectTree, command: str) -> None:
     """Each property is there, of the same type and with the same default."""
-    replies = ask(*({"execute": command, "arguments": {"typename": name}} for name in DEVICES))
+    replies = emulator_replies(*({"execute": command, "arguments": {"typename": name}} for name in DEVICES))
     listed = tree.list_device_properties if command.startswith("device") else tree.list_properties
     for name, reply in zip(DEVICES, replies, strict=True):
         theirs = {each: without_text(info) for each, info in by_name(reply).items()}
@@ -73,7 +57,9 @@ def test_what_a_model_has_it_has_in_qemu(tree: ObjectTree, command: str) -> None
 
 
 def test_what_a_machine_has_it_has_in_qemu(tree: ObjectTree) -> None:
-    replies = ask(*({"execute": "qom-list-properties", "arguments": {"typename": name}} for name in MACHINES))
+    replies = emulator_replies(
+        *({"execute": "qom-list-properties", "arguments": {"typename": name}} for name in MACHINES)
+    )
     for name, reply in zip(MACHINES, replies, strict=True):
         theirs = {each: info["type"] for each, info in by_name(reply).items()}
         ours = {each: info["type"] for each, info in by_name(tree.list_properties(name)).items()}
@@ -85,7 +71,7 @@ def test_an_implementation_is_one_in_qemu(tree: ObjectTree) -> None:
     """For an interface or a base type the same types are listed, of those that are here."""
     bases = [each["name"] for each in tree.list_types(abstract=True) if each.get("abstract")]
     bases.remove("interface")  # which is for more in QEMU: it has interfaces that nobody has here
-    replies = ask(
+    replies = emulator_replies(
         *(
             {"execute": "qom-list-types", "arguments": {"implements": base, "abstract": True}}
             for base in bases

@@ -118,9 +118,3 @@ def test_the_demo_shows_what_the_readme_says() -> None:
         found = shown.find(part, position)
         assert found >= 0, f"not in the demo's output, or not in this place:\n{part}"
         position = found + len(part)
-
-
-def test_the_files_that_the_readme_links_to_exist() -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
-    assert links
-    assert [link for link in links if not (CHECKOUT / link).exists()] == []

@@ -13,14 +13,12 @@ compared where it is met first.
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pytest
-from daemons import RunningDaemon
+from daemons import RunningDaemon, emulator_replies
 
 from qmpd.qapi import STORAGE_SCHEMA, SYSTEM_SCHEMA, load, schema_directory
 
@@ -352,17 +350,9 @@ def test_what_only_qmpd_has_is_listed_with_a_reason(comparison: Comparison) -> N
 
 
 def emulator_introspection() -> dict[str, Entity]:
-    """Ask qemu-system-x86_64, without a machine, over its standard input and output."""
-    commands = ("qmp_capabilities", "query-qmp-schema", "quit")
-    said = subprocess.run(
-        ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"],
-        input="".join(json.dumps({"execute": command}) for command in commands),
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    replies = [message["return"] for message in map(json.loads, said.splitlines()) if "return" in message]
-    return {entity["name"]: entity for entity in replies[1]}
+    """Ask qemu-system-x86_64."""
+    (entities,) = emulator_replies({"execute": "query-qmp-schema"})
+    return {entity["name"]: entity for entity in entities}
 
 
 @pytest.fixture(scope="module")

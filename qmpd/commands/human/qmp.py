@@ -5,41 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-from qmpd.commands import (
-    absent,
-    block_core,
-    block_export,
-    char,
-    control,
-    emulator,
-    fds,
-    machine,
-    qdev,
-    qom,
-    run_state,
-)
-from qmpd.commands.parts import WITH_DESCRIPTORS, Handler, Parts
+from qmpd.commands import table
+from qmpd.commands.parts import WITH_DESCRIPTORS, Parts
 from qmpd.descriptors import ClientDescriptors
-
-_MODULES: Final = (
-    absent,
-    block_core,
-    block_export,
-    char,
-    control,
-    emulator,
-    fds,
-    machine,
-    qdev,
-    qom,
-    run_state,
-)
-
-_HANDLERS: Final[Mapping[str, Handler]] = {
-    name: handler for module in _MODULES for name, handler in module.HANDLERS.items()
-}
 
 
 @dataclass(frozen=True)
@@ -67,5 +37,5 @@ class Qmp:
         given = {key: value for key, value in (arguments or {}).items() if value is not None}
         self.parts.schema.commands[name].validate(given)
         client = (self.client,) if name in WITH_DESCRIPTORS else ()
-        result = _HANDLERS[name](self.parts, given, *client)
+        result = table.handlers(self.parts)[name](given, *client)
         return await result if inspect.isawaitable(result) else result
