@@ -95,6 +95,7 @@ class Daemon:
             corrupted=self._image_corrupted,
             exceeded=self._threshold_exceeded,
             fdsets=self._fdsets,
+            old_encryption=machine is None,
         )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit, board)

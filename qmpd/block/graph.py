@@ -106,6 +106,8 @@ class Graph:
     :param corrupted: is told when a driver finds that an image is damaged.
     :param exceeded: is told of writes beyond a node's threshold.
     :param fdsets: the descriptors that file names like `/dev/fdset/0` stand for.
+    :param old_encryption: qcow2 images with the AES encryption that was before LUKS are opened, which
+        QEMU's emulators refuse.
     """
 
     def __init__(
@@ -120,10 +122,12 @@ class Graph:
         corrupted: Corrupted | None = None,
         exceeded: Exceeded | None = None,
         fdsets: FdSets | None = None,
+        old_encryption: bool = True,
     ) -> None:
         self._corrupted = corrupted
         self._exceeded = exceeded
         self.fdsets = fdsets or FdSets()
+        self.old_encryption = old_encryption
         self.passed_locks = PassedLocks()
         self._drivers = drivers
         self._validate = validate

@@ -4,8 +4,8 @@
 change of state, the power button, and whether the process ends with the machine.
 
 There is no guest that would notice the power button and take its time, so a
-machine that runs switches itself off as soon as it is pressed, and one that does
-not, when it runs again.  The SHUTDOWN comes a little after the reply of
+machine that runs switches itself off as soon as it is pressed, and one that was
+stopped, when it goes on; one that was never started does not care.  The SHUTDOWN comes a little after the reply of
 `system_powerdown`, as a guest's would, because clients begin to wait for it then.
 The type ``none`` has no button: as in QEMU the command is told of, and nothing
 else happens.
@@ -92,7 +92,8 @@ class Machine:
     def power_down(self) -> None:
         """Press the power button."""
         self._emit("POWERDOWN", {})
-        if self.type.has_power_button:
+        # A machine that was never started has nothing in it yet that would find out later.
+        if self.type.has_power_button and self._state is not State.PRELAUNCH:
             self._button_pressed = True
             self._notice_button()
 

@@ -116,12 +116,21 @@ async def test_a_button_pressed_twice_switches_off_once() -> None:
 
 
 async def test_a_button_pressed_while_stopped_is_obeyed_when_the_machine_goes_on() -> None:
-    watched = Watched(started=False)
+    watched = Watched()
+    watched.machine.stop()
     watched.machine.power_down()
     await watched.long_enough_for_the_button()
-    assert (watched.state, watched.take()) == ("prelaunch", [("POWERDOWN", {})])
+    assert (watched.state, watched.take()) == ("paused", [("STOP", {}), ("POWERDOWN", {})])
     watched.machine.cont()
     assert await watched.until_told(ENDED[0]) == [("RESUME", {}), OFF, ENDED]
+
+
+async def test_a_machine_that_was_never_started_does_not_care_for_its_button() -> None:
+    watched = Watched(started=False)
+    watched.machine.power_down()
+    watched.machine.cont()
+    await watched.long_enough_for_the_button()
+    assert (watched.state, watched.take()) == ("running", [("POWERDOWN", {}), ("RESUME", {})])
 
 
 async def test_a_machine_stopped_just_after_its_button_was_pressed_is_switched_off_later() -> None:

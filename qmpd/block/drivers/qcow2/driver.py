@@ -179,6 +179,11 @@ class Qcow2Node(KeyslotHolder):
         settings = self._settings = Settings.parse(
             self.options, header, unmap=self.node_options.discard == "unmap"
         )
+        if header.encryption is Encryption.AES and not self.graph.old_encryption:
+            raise Error(
+                "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators",
+                "qmpd itself, and qemu-img, read them.",
+            )
         _check_encryption_options(self.options.get("encrypt"), header)
         await self._unlock(header)
         await self._open_data_file(header)
