@@ -19,6 +19,7 @@ from qmpd.commands import (
     qdev,
     qom,
     run_state,
+    throttling,
 )
 from qmpd.commands.parts import WITH_DESCRIPTORS, Handler, Parts
 from qmpd.descriptors import ClientDescriptors
@@ -35,6 +36,7 @@ _MODULES: Final = (
     qdev,
     qom,
     run_state,
+    throttling,
 )
 
 _HANDLERS: Final[Mapping[str, Handler]] = {
