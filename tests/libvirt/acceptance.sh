@@ -472,14 +472,15 @@ part_iotune() {
     ok "they are changed" virsh blkdeviotune acc vda --total-bytes-sec 2000000 --total-bytes-sec-max 4000000 \
         --total-bytes-sec-max-length 3 --read-iops-sec 0 --write-iops-sec 0
     says "and are others now" \
-        '^total_bytes_sec=2000000 total_bytes_sec_max=4000000 total_bytes_sec_max_length=3 ' limits acc vda
-    ok "requests are limited" virsh blkdeviotune acc vda --total-bytes-sec 0 --total-iops-sec 9 --size-iops-sec 4096
-    says "with a size" 'total_iops_sec=9 size_iops_sec=4096' limits acc vda
+        '^total_bytes_sec=2000000 total_bytes_sec_max=4000000 .*total_bytes_sec_max_length=3 ' limits acc vda
+    ok "requests are limited" virsh blkdeviotune acc vda --total-bytes-sec 0 --total-bytes-sec-max 0 \
+        --total-bytes-sec-max-length 0 --total-iops-sec 9 --size-iops-sec 4096
+    says "with a size" '^total_iops_sec=9 size_iops_sec=4096 ' limits acc vda
     refused "a total and a part of it are refused" 'cannot be set at the same time' \
         virsh blkdeviotune acc vda --total-bytes-sec 5 --read-bytes-sec 5
     refused "a burst below the mean is refused" 'cannot be|must be|lower' \
         virsh blkdeviotune acc vda --total-iops-sec 9 --total-iops-sec-max 5
-    says "which changes nothing" 'total_iops_sec=9 size_iops_sec=4096' limits acc vda
+    says "which changes nothing" '^total_iops_sec=9 size_iops_sec=4096 ' limits acc vda
     ok "all limits are taken away" virsh blkdeviotune acc vda --total-iops-sec 0 --size-iops-sec 0
     hides "and are gone" '[a-z]+_sec=[1-9]' limits acc vda
     hides "the device is in no group" '"group"' monitor acc query-block
