@@ -227,7 +227,7 @@ ACTIONS: Final = (
     Command(
         "block_set_io_throttle",
         "device bps bps_rd bps_wr iops iops_rd iops_wr",
-        "limit what is read and written in a second",
+        "limit what a disk reads and writes in a second; 0 for no limit",
         _quietly("block_set_io_throttle", "id", "bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"),
         (_DEVICE, *[Number()] * 6),
         needs="block_set_io_throttle",
