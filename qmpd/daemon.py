@@ -95,6 +95,7 @@ class Daemon:
             validate=self._validated_blockdev_options,
             corrupted=self._image_corrupted,
             fdsets=self._fdsets,
+            throttle_groups=self._objects.throttle_groups,
         )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit, board)

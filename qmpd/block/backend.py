@@ -360,9 +360,14 @@ class Backend:
     def hurried(self) -> Iterator[None]:
         """For the time of a ``with`` no limit holds: somebody waits for what was begun to end."""
         self._hurries += 1
+        nodes = [] if self._edge is None else self.graph.subtree(self._edge.child)
+        for node in nodes:
+            node.begin_hurry()
         if self._member is not None:
             self._member.group.release(self._member)
         try:
             yield
         finally:
             self._hurries -= 1
+            for node in nodes:
+                node.end_hurry()

@@ -34,6 +34,7 @@ from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission, names, on_backing
 from qmpd.block.threads import Threads
+from qmpd.block.throttle_groups import ThrottleGroups
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.crypto.steps import Steps
 from qmpd.descriptors import FdSets
@@ -70,6 +71,8 @@ class _Section:
     def __init__(self, nodes: Iterable[Node]) -> None:
         self._nodes = tuple(nodes)
         self.backends: list[Backend] = []
+        #: What the backends' requests go through.
+        self._hurried: list[Node] = []
 
     def stop_users(self) -> None:
         """Stop the backends above that are not stopped yet."""
@@ -77,11 +80,16 @@ class _Section:
             if backend not in self.backends:
                 backend.begin_drained()
                 self.backends.append(backend)
+                for node in _parents_first(backend.node):
+                    node.begin_hurry()
+                    self._hurried.append(node)
 
     def end(self) -> None:
         """Let them all go on."""
         for backend in self.backends:
             backend.end_drained()
+        for node in self._hurried:
+            node.end_hurry()
 
 
 #: Is told of a damaged image: the node; what is wrong; where it is in the file and how long, in
@@ -102,6 +110,7 @@ class Graph:
         numbers where there were strings for numbers; raises Error.
     :param corrupted: is told when a driver finds that an image is damaged.
     :param fdsets: the descriptors that file names like `/dev/fdset/0` stand for.
+    :param throttle_groups: what limits nodes and disks.
     """
 
     def __init__(
@@ -115,9 +124,11 @@ class Graph:
         validate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
         corrupted: Corrupted | None = None,
         fdsets: FdSets | None = None,
+        throttle_groups: ThrottleGroups | None = None,
     ) -> None:
         self._corrupted = corrupted
         self.fdsets = fdsets or FdSets()
+        self.throttle_groups = throttle_groups or ThrottleGroups()
         self.passed_locks = PassedLocks()
         self._drivers = drivers
         self._validate = validate

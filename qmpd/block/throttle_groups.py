@@ -199,6 +199,15 @@ class ThrottleGroups:
         """The group with this name, made if it is not there yet."""
         return self._groups.setdefault(name, ThrottleGroup(self, name))
 
+    def existing(self, name: str) -> ThrottleGroup:
+        """The group with this name.
+
+        :raise Error: if there is none.
+        """
+        if name not in self._groups:
+            raise Error(f"Throttle group '{name}' does not exist")
+        return self._groups[name]
+
     def forget(self, group: ThrottleGroup) -> None:
         """Take a group out that nobody needs."""
         self._groups.pop(group.name, None)

@@ -26,9 +26,9 @@ class Disks:
     """Disks with limits, requests to them, and the time."""
 
     def __init__(self) -> None:
-        self.graph = Graph(DRIVERS, secrets=lambda name: KeyMemory().take(0))
         self.clock = FakeClock()
         self.groups = ThrottleGroups(self.clock)
+        self.graph = Graph(DRIVERS, secrets=lambda name: KeyMemory().take(0), throttle_groups=self.groups)
         #: The requests that are done, by their names, in the order in which they ended.
         self.done: list[str] = []
         self.tasks: list[asyncio.Task[None]] = []
@@ -295,3 +295,89 @@ async def test_the_last_request_that_is_given_up_leaves_nothing(disks: Disks) ->
     assert await disks.pass_seconds(0.9) == []
     assert disk.throttle_group is not None
     assert disk.throttle_group.waiting == 0
+
+
+# -- the driver
+
+
+async def limited_node(disks: Disks, **changes: int) -> Backend:
+    """A disk on a node of the driver `throttle` whose group "tg" has such limits."""
+    group = disks.groups.create("tg")
+    group.set_limits({**UNLIMITED, **{name.replace("_", "-"): value for name, value in changes.items()}})
+    await disks.graph.add({"driver": "null-co", "node-name": "below", "size": SIZE, "read-zeroes": True})
+    options = {"driver": "throttle", "node-name": "t", "file": "below", "throttle-group": "tg"}
+    node = await disks.graph.add({**options, "discard": "unmap"})
+    backend = Backend(disks.graph, perm=Permission.CONSISTENT_READ | Permission.WRITE)
+    backend.attach(node)
+    return backend
+
+
+async def test_a_node_is_as_slow_as_its_group_says(disks: Disks) -> None:
+    disk = await limited_node(disks, iops_total=10)
+    await disks.read(disk, "a", "b", "c")
+    await disks.write(disk, "d")
+    assert disks.done == ["a", "b"]
+    assert await disks.pass_seconds(0.2) == ["d", "c"]
+    assert disk.read_cached([(0, 512)], memoryview(bytearray(512))) == [False]
+    disks.groups.find("tg").set_limits(UNLIMITED)
+    assert disk.read_cached([(0, 512)], memoryview(bytearray(512))) == [True]
+
+
+async def test_a_node_limits_discards_and_zeroes_as_writes(disks: Disks) -> None:
+    disk = await limited_node(disks, bps_write=1000)
+    await disk.discard(0, 10000)
+    await disks.read(disk, "r")
+    await disks.write(disk, "w")
+    assert disks.done == ["r"]
+    assert await disks.pass_seconds(9.9) == ["w"]
+
+
+async def test_a_disk_and_a_node_of_one_group_share_its_limits(disks: Disks) -> None:
+    node = await limited_node(disks, iops_total=10)
+    disk = await disks.disk("n")
+    disks.limit(disk, "tg", iops_total=10)
+    await disks.read(node, "a", "b", "c")
+    await disks.read(disk, "d", "e")
+    assert disks.done == ["a", "b"]
+    assert await disks.pass_seconds(0.3) == ["c", "d", "e"]
+
+
+async def test_a_drained_section_lets_through_what_a_node_holds_back(disks: Disks) -> None:
+    disk = await limited_node(disks, iops_total=1)
+    await disks.read(disk, "a", "b", "c")
+    assert disks.done == ["a"]
+    below = disks.graph.find("below")
+    assert below is not None
+    async with disks.graph.drained(below):
+        assert disks.done == ["a", "b", "c"]
+    await disks.read(disk, "d", "e")
+    assert await disks.pass_seconds(1) == ["d"]
+    assert await disks.pass_seconds(1) == ["e"]
+
+
+async def test_in_a_hurry_a_node_holds_nothing_back(disks: Disks) -> None:
+    disk = await limited_node(disks, iops_total=1)
+    await disks.read(disk, "a", "b", "c")
+    with disk.hurried():
+        await disks.turns()
+        assert disks.done == ["a", "b", "c"]
+    await disks.read(disk, "d")
+    assert "d" not in disks.done
+
+
+async def test_a_node_that_goes_leaves_its_group(disks: Disks) -> None:
+    disk = await limited_node(disks, iops_total=1)
+    group = disks.groups.find("tg")
+    assert len(group.members) == 1
+    disk.detach()
+    await disks.graph.delete("t")
+    assert group.members == []
+
+
+async def test_a_node_without_a_group_is_none(disks: Disks) -> None:
+    options = {"driver": "null-co", "size": SIZE}
+    with pytest.raises(Error, match="^Throttle group 'nope' does not exist$"):
+        await disks.graph.add(
+            {"driver": "throttle", "node-name": "t", "file": options, "throttle-group": "nope"}
+        )
+    assert disks.graph.nodes() == []

@@ -43,7 +43,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         "blockdev-add.driver",
         "blkdebug blklogwrites blkreplay blkverify bochs cloop compress copy-before-write copy-on-read dmg "
         "ftp ftps gluster host_cdrom http https iscsi nbd nfs nvme parallels preallocate qcow "
-        "qed quorum rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat",
+        "qed quorum rbd replication snapshot-access ssh vdi vhdx vmdk vpc vvfat",
         LATER,
     ),
     ("blockdev-add<file>", "aio-max-batch pr-manager x-check-cache-dropped", ORNAMENT),
