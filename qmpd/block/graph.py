@@ -80,7 +80,8 @@ class _Section:
             if backend not in self.backends:
                 backend.begin_drained()
                 self.backends.append(backend)
-                for node in _parents_first(backend.node):
+                # Who is being attached just now has nothing under way.
+                for node in _parents_first(backend.edge.child) if backend.edge is not None else ():
                     node.begin_hurry()
                     self._hurried.append(node)
 
