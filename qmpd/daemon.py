@@ -96,6 +96,7 @@ class Daemon:
             exceeded=self._threshold_exceeded,
             fdsets=self._fdsets,
             old_encryption=machine is None,
+            throttle_groups=self._objects.throttle_groups,
         )
         self._jobs = Jobs(self._emit)
         self._devices = Devices(self._graph, self._objects, self._emit, board)

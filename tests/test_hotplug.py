@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from nbd_wire import Wire
+from fake_clock import FakeClock
+from nbd_wire import WRITE, Wire
 
 from qmpd.block.backend import Backend
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.graph import Graph
+from qmpd.block.qemu_io import QemuIO
+from qmpd.block.throttle_groups import ThrottleGroups
+from qmpd.block.throttling import UNLIMITED
 from qmpd.errors import Error
 from qmpd.export.exports import Exports
 from qmpd.hotplug import Hotplug, _places
@@ -314,3 +319,116 @@ async def test_a_disk_is_unplugged_when_its_requests_have_ended(house: House) ->
     await house.graph.delete("slow")
     with pytest.raises(OSError, match="No medium found"):
         await late
+
+
+# -- limits
+
+
+class Limited:
+    """The disk "d" of a house, whose time is the test's, and a client of its door."""
+
+    def __init__(self, house: House, directory: Path) -> None:
+        self.house = house
+        self.clock = FakeClock()
+        house.tree.throttle_groups = ThrottleGroups(self.clock)
+        house.plug("d", "n")
+        self.disk = house.backend("d")
+        self.directory = directory
+
+    def limit(self, **limits: int) -> None:
+        wanted = {**UNLIMITED, **{name.replace("_", "-"): value for name, value in limits.items()}}
+        self.disk.set_limits(self.house.tree.throttle_groups, wanted, "d")
+
+    async def write(self, number: int) -> Wire:
+        """A client that has sent so many writes, all of which the daemon has begun."""
+        client = await asyncio.to_thread(taken, self.directory)
+        for cookie in range(number):
+            client.request(WRITE, cookie * 512, 512, bytes(512), cookie=cookie)
+        while self.waiting < number - 1:
+            await asyncio.sleep(0.001)
+        return client
+
+    @property
+    def waiting(self) -> int:
+        group = self.disk.throttle_group
+        return 0 if group is None else group.waiting
+
+
+@pytest_asyncio.fixture
+async def limited(house: House, tmp_path: Path) -> Limited:
+    await house.start_server()
+    limited = Limited(house, tmp_path)
+    # The first of several goes at once.
+    limited.limit(bps_total=512)
+    return limited
+
+
+def cookies(client: Wire, number: int) -> list[tuple[int, int]]:
+    replies = [client.reply() for _ in range(number)]
+    return [(reply.cookie, reply.error) for reply in replies]
+
+
+async def test_a_client_s_requests_are_answered_one_by_one_as_the_limit_allows(limited: Limited) -> None:
+    client = await limited.write(4)
+    assert await asyncio.to_thread(cookies, client, 1) == [(0, 0)]
+    limited.clock.advance(0.9)
+    assert await asyncio.to_thread(cookies, client, 1) == [(1, 0)]
+    assert limited.waiting == 2
+    limited.clock.advance(2)
+    assert await asyncio.to_thread(cookies, client, 2) == [(2, 0), (3, 0)]
+    client.close()
+
+
+async def test_a_limited_disk_is_unplugged_at_once_and_what_was_begun_is_answered(limited: Limited) -> None:
+    client = await limited.write(5)
+    await limited.house.hotplug.delete("d")
+    assert await asyncio.to_thread(cookies, client, 5) == [(cookie, 0) for cookie in range(5)]
+    assert client.at_end()
+    assert limited.clock.next is None
+    await limited.house.graph.delete("n")
+
+
+async def test_the_server_stops_though_requests_wait_for_a_limit(limited: Limited) -> None:
+    client = await limited.write(5)
+    await limited.house.exports.stop_nbd_server()
+    assert await asyncio.to_thread(cookies, client, 5) == [(cookie, 0) for cookie in range(5)]
+    # The disk has its limits for those who come later.
+    assert limited.disk.throttle_group is not None
+
+
+async def test_a_client_that_leaves_does_not_leave_its_limit(limited: Limited) -> None:
+    client = await limited.write(5)
+    client.close()
+    other = await asyncio.to_thread(taken, limited.directory)
+    other.request(WRITE, 0, 512, bytes(512), cookie=9)
+    while limited.waiting < 5:
+        await asyncio.sleep(0.001)
+    limited.clock.advance(3.9)
+    assert limited.waiting == 1
+    limited.clock.advance(1)
+    assert await asyncio.to_thread(cookies, other, 1) == [(9, 0)]
+    other.close()
+
+
+async def test_a_limited_disk_gets_another_node_while_requests_wait(limited: Limited) -> None:
+    house, disk = limited.house, limited.disk
+    reads = [asyncio.create_task(disk.pread(0, 512)) for _ in range(3)]
+    while limited.waiting < 2:
+        await asyncio.sleep(0)
+    await change_drive(house, "m")
+    assert [each.done() for each in reads] == [True, False, False]
+    assert disk.throttle_group is not None
+    limited.clock.advance(1.9)
+    assert [len(data) for data in await asyncio.gather(*reads)] == [512] * 3
+
+
+async def test_who_reads_by_the_monitor_is_limited_and_let_go_when_the_disk_goes(limited: Limited) -> None:
+    line = "read 0 1k"
+    printed = StringIO()
+    await QemuIO(limited.disk, printed, printed).execute(line)
+    waiting = asyncio.create_task(QemuIO(limited.disk, printed, printed).execute(line))
+    while not limited.waiting:
+        await asyncio.sleep(0)
+    await limited.house.hotplug.delete("d")
+    await waiting
+    assert "read failed: No medium found" in printed.getvalue()

@@ -7,7 +7,9 @@ backend (qemu-io on the monitor) is not `counted`.
 
 While the graph below it is changed a backend is *drained*
 (:meth:`qmpd.block.graph.Graph.drained`): what was begun has ended, and what
-comes meanwhile waits its turn here, before it has looked at a node.
+comes meanwhile waits its turn here, before it has looked at a node.  So does
+what limits do not allow yet (`qmpd.block.throttle_groups`): neither is under way,
+so a drained section does not wait for it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -24,9 +26,11 @@ from qmpd.block.accounting import Accounting
 from qmpd.block.edge import Edge
 from qmpd.block.node import BlockStatus, Data, Extent, Node, errno_error
 from qmpd.block.permissions import Permission
+from qmpd.block.throttling import Direction
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
+    from qmpd.block.throttle_groups import Member, ThrottleGroup, ThrottleGroups
 
 T = TypeVar("T")
 
@@ -67,7 +71,11 @@ class Backend:
         self._sections = 0
         #: The requests that wait for them to end, oldest first.
         self._waiting: OrderedDict[object, asyncio.Future[None]] = OrderedDict()
-        #: Whether a new request has to wait: there is a section, or somebody who came before.
+        #: Its place among those that share limits; None without limits.
+        self._member: Member | None = None
+        #: How many want its limits not to hold for now.
+        self._hurries = 0
+        #: Whether a new request may have to wait: there is a section, somebody who came before, or a limit.
         self._queues = False
 
     def describe(self) -> str:
@@ -138,13 +146,13 @@ class Backend:
         :raise OSError: EIO outside the disk, ENOMEDIUM if the backend lost its node while the
             request waited, or what the storage says.
         """
-        started = await self._turn() if self._queues else perf_counter_ns()
+        started = await self._turn(Direction.READ, length) if self._queues else perf_counter_ns()
         request = self.node.pread(offset, length)
         return await self._run("rd" if counted else None, length, request, started)
 
     async def pwrite(self, offset: int, data: Data, *, counted: bool = True) -> None:
         """Write `data` at `offset`; raises as `pread`, and EPERM on a read-only node."""
-        started = await self._turn() if self._queues else perf_counter_ns()
+        started = await self._turn(Direction.WRITE, len(data)) if self._queues else perf_counter_ns()
         request = self.node.pwrite(offset, data)
         await self._run("wr" if counted else None, len(data), request, started)
 
@@ -162,7 +170,8 @@ class Backend:
 
     async def pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
         """Write several things, see :meth:`qmpd.block.node.Node.pwrite_many`."""
-        started = await self._turn() if self._queues else perf_counter_ns()
+        sizes = (len(data) for _, data in writes)
+        started = await self._turn(Direction.WRITE, *sizes) if self._queues else perf_counter_ns()
         outcomes = await self._run(None, 0, self.node.pwrite_many(writes), started)
         took = perf_counter_ns() - started
         for number, ((_, data), failure) in enumerate(zip(writes, outcomes, strict=True)):
@@ -179,7 +188,7 @@ class Backend:
 
         With `fast` it fails with EOPNOTSUPP where it would take as long as writing them.
         """
-        started = await self._turn() if self._queues else perf_counter_ns()
+        started = await self._turn(Direction.WRITE, length) if self._queues else perf_counter_ns()
         request = self.node.pwrite_zeroes(offset, length, unmap=unmap, fast=fast)
         await self._run("wr" if counted else None, length, request, started)
 
@@ -280,13 +289,25 @@ class Backend:
                 self._idle = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._idle)
 
-    async def _turn(self) -> int:
-        """Wait for the end of all sections, behind those that came before.
+    async def _turn(self, direction: Direction | None = None, *sizes: int) -> int:
+        """Wait until the limits allow it, then for the end of all sections, behind those that came before.
 
+        :param direction: None for what no limit is about.
+        :param sizes: of the requests that go together, in bytes.
         :returns: when the request came, on `perf_counter_ns`.
         :raise OSError: ENOMEDIUM if there is no node any more.
         """
         came = perf_counter_ns()
+        for size in sizes:
+            if direction is not None and self._member is not None and not self._hurries:
+                await self._member.admit(direction, size)
+        if self._sections or self._waiting:
+            await self._end_of_sections()
+        if self._edge is None:
+            raise errno_error(errno.ENOMEDIUM)
+        return came
+
+    async def _end_of_sections(self) -> None:
         create_future = asyncio.get_running_loop().create_future
         place = object()
         self._waiting[place] = create_future()
@@ -299,9 +320,6 @@ class Backend:
         finally:
             del self._waiting[place]
             self._go_on()
-        if self._edge is None:
-            raise errno_error(errno.ENOMEDIUM)
-        return came
 
     def _go_on(self) -> None:
         """Wake up who may go on.  All are woken at once, so if the first one is, there is nobody else."""
@@ -309,4 +327,47 @@ class Backend:
             for turn in self._waiting.values():
                 if not turn.done():
                     turn.set_result(None)
-        self._queues = bool(self._sections or self._waiting)
+        self._may_queue()
+
+    def _may_queue(self) -> None:
+        self._queues = bool(self._sections or self._waiting or self._member is not None)
+
+    # -- limits
+
+    @property
+    def throttle_group(self) -> ThrottleGroup | None:
+        """The disks that it shares its limits with; None if it has none."""
+        return None if self._member is None else self._member.group
+
+    def set_limits(self, groups: ThrottleGroups, limits: Mapping[str, int], group: str) -> None:
+        """Let its requests wait for limits.
+
+        :param limits: ThrottleLimits, all of them; with nothing limited, limits are taken away.
+        :param group: the name of the group whose limits these are, for a disk that is in none.
+        :raise Error: if the limits make no sense; then nothing has changed.
+        """
+        self._member = groups.limit(self._member, limits, group)
+        self._may_queue()
+
+    def remove_limits(self) -> None:
+        """Leave its group; what has waited goes on at once."""
+        if self._member is not None:
+            member, self._member = self._member, None
+            member.leave()
+            self._may_queue()
+
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """For the time of a ``with`` no limit holds: somebody waits for what was begun to end."""
+        self._hurries += 1
+        nodes = [] if self._edge is None else self.graph.subtree(self._edge.child)
+        for node in nodes:
+            node.begin_hurry()
+        if self._member is not None:
+            self._member.group.release(self._member)
+        try:
+            yield
+        finally:
+            self._hurries -= 1
+            for node in nodes:
+                node.end_hurry()

@@ -34,6 +34,7 @@ from qmpd.block.node import MAX_SIZE, Node
 from qmpd.block.options import NodeOptions
 from qmpd.block.permissions import Permission, names, on_backing
 from qmpd.block.threads import Threads
+from qmpd.block.throttle_groups import ThrottleGroups
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.crypto.steps import Steps
 from qmpd.descriptors import FdSets
@@ -70,6 +71,8 @@ class _Section:
     def __init__(self, nodes: Iterable[Node]) -> None:
         self._nodes = tuple(nodes)
         self.backends: list[Backend] = []
+        #: What the backends' requests go through.
+        self._hurried: list[Node] = []
 
     def stop_users(self) -> None:
         """Stop the backends above that are not stopped yet."""
@@ -77,11 +80,17 @@ class _Section:
             if backend not in self.backends:
                 backend.begin_drained()
                 self.backends.append(backend)
+                # Who is being attached just now has nothing under way.
+                for node in _parents_first(backend.edge.child) if backend.edge is not None else ():
+                    node.begin_hurry()
+                    self._hurried.append(node)
 
     def end(self) -> None:
         """Let them all go on."""
         for backend in self.backends:
             backend.end_drained()
+        for node in self._hurried:
+            node.end_hurry()
 
 
 #: Is told of a damaged image: the node; what is wrong; where it is in the file and how long, in
@@ -108,6 +117,7 @@ class Graph:
     :param fdsets: the descriptors that file names like `/dev/fdset/0` stand for.
     :param old_encryption: qcow2 images with the AES encryption that was before LUKS are opened, which
         QEMU's emulators refuse.
+    :param throttle_groups: what limits nodes and disks.
     """
 
     def __init__(
@@ -123,11 +133,13 @@ class Graph:
         exceeded: Exceeded | None = None,
         fdsets: FdSets | None = None,
         old_encryption: bool = True,
+        throttle_groups: ThrottleGroups | None = None,
     ) -> None:
         self._corrupted = corrupted
         self._exceeded = exceeded
         self.fdsets = fdsets or FdSets()
         self.old_encryption = old_encryption
+        self.throttle_groups = throttle_groups or ThrottleGroups()
         self.passed_locks = PassedLocks()
         self._drivers = drivers
         self._validate = validate

@@ -263,6 +263,12 @@ class Node(ABC):
         """How a message names this node as a parent."""
         return f"node '{self.name}'"
 
+    def begin_hurry(self) -> None:  # noqa: B027 - for most drivers nothing waits on purpose
+        """Somebody waits for the requests that are under way to end."""
+
+    def end_hurry(self) -> None:  # noqa: B027
+        """They have ended, or nobody waits any more; called as often as `begin_hurry`."""
+
     # -- permissions
 
     def child_permissions(

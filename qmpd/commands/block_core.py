@@ -19,6 +19,7 @@ from qmpd.block.node import InternalSnapshot, Node
 from qmpd.block.permissions import Permission
 from qmpd.block.reopening import reopen
 from qmpd.commands.parts import Handler, Parts
+from qmpd.commands.throttling import limits_info
 from qmpd.errors import DeviceNotActive, Error
 from qmpd.qom.guest_disk import GuestDisk
 from qmpd.qom.latency import TimedAccounting
@@ -276,29 +277,24 @@ def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
 
 
 def block_device_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
-    """BlockDeviceInfo, `flat` without the images behind; without throttling its limits are zero."""
+    """BlockDeviceInfo, `flat` without the images behind; limits are on disks, so a node has none."""
     image = image_info(node, flat=flat)
     options = node.node_options
     return {
-        "iops_rd": 0,
         "detect_zeroes": options.detect_zeroes,
         "active": True,
         "image": image,
-        "iops_wr": 0,
         "ro": node.read_only,
         "node-name": node.name,
         "backing_file_depth": 0 if flat else node.backing_depth,
         **({"backing_file": node.backing.filename} if node.backing is not None else {}),
         "drv": node.driver,
-        "iops": 0,
-        "bps_wr": 0,
         # Shown as the signed number that it is for QEMU.
         "write_threshold": (node.write_threshold + (1 << 63)) % (1 << 64) - (1 << 63),
         "encrypted": node.encrypted,
-        "bps": 0,
-        "bps_rd": 0,
         "cache": {"no-flush": options.no_flush, "direct": options.direct, "writeback": True},
         "file": image["filename"],
+        **limits_info(None),
     }
 
 
@@ -314,6 +310,7 @@ def block_info(backend: Backend, nbd_uri: str | None = None) -> dict[str, Any]:
     inserted = None if backend.node.ejected else block_device_info(backend.node)
     if inserted is not None:
         inserted["cache"]["writeback"] = backend.write_cache
+        inserted |= limits_info(backend.throttle_group)
     return {
         **({"io-status": backend.io_status} if backend.stops_on_error else {}),
         "device": backend.name,

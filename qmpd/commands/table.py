@@ -23,6 +23,7 @@ from qmpd.commands import (
     qdev,
     qom,
     run_state,
+    throttling,
     transaction,
 )
 from qmpd.commands.parts import Parts
@@ -44,7 +45,7 @@ _MODULES: Final = (
 )
 
 #: Of the program that stands for an emulator.
-_SYSTEM_MODULES: Final = (absent, emulator, migration, run_state)
+_SYSTEM_MODULES: Final = (absent, emulator, migration, run_state, throttling)
 
 #: What is cancelled when the client that wants it goes away: it may have a key derived, which takes long,
 #: and undoes all of itself.

@@ -421,6 +421,7 @@ class Devices:
         )
         if device.inner.backend is not None:
             device.inner.backend.detach()
+            device.inner.backend.remove_limits()
         device.bus.devices.remove(device)
         assert device.parent is not None
         device.parent.remove(device)
@@ -452,6 +453,7 @@ class Devices:
         for device in self._all():
             if device.inner.backend is not None:
                 device.inner.backend.detach()
+                device.inner.backend.remove_limits()
 
     # -- looking
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
+from qmpd.block.throttle_groups import ThrottleGroups
 from qmpd.crypto.memory import KeyBuffer, KeyMemory
 from qmpd.errors import DeviceNotFound, Error
 from qmpd.qapi import Schema
@@ -81,6 +82,8 @@ class ObjectTree:
     ) -> None:
         self.schema = schema
         self.key_memory = key_memory or KeyMemory()
+        #: Those that objects were made for, and those that are there for disks alone.
+        self.throttle_groups = ThrottleGroups()
         self._types = {info.name: info for info in TYPES.values() if machine is not None or not info.emulator}
         self._types.update((info.name, info) for info in map(machine_type, machine_types))
         self.root = Container()

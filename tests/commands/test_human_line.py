@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from qmpd.commands.human.line import (
     Complaint,
     Flag,
+    Number,
     Parameter,
     Rest,
     Settings,
@@ -41,6 +42,7 @@ MIB = 1 << 20
         ((Size(),), "0x10", [16 * MIB]),
         ((Size(),), "3k", [3072]),
         ((Size(),), "7B", [7]),
+        ((Number(), Number(), Number(), Number()), "-0x10 10  010 0", [-16, 10, 8, 0]),
     ],
 )
 def test_a_line_is_read_by_what_its_command_takes(
@@ -66,6 +68,13 @@ def test_a_line_is_read_by_what_its_command_takes(
         ((Size(),), "8E", "invalid size\n"),
         ((Size(),), "0x1k", "invalid size\n"),
         ((Size(),), "1x", "do: extraneous characters at the end of line\n"),
+        ((Number(),), "", "unexpected end of expression\n"),
+        ((Number(),), "-", "unexpected end of expression\n"),
+        ((Number(),), "x", "invalid char 'x' in expression\n"),
+        ((Number(), Number()), "1k 2", "invalid char 'k' in expression\n"),
+        ((Number(),), "08", "do: extraneous characters at the end of line\n"),
+        ((Number(),), str(1 << 64), "number too large\n"),
+        ((Number(), Number()), "1 -2", "numbers are not calculated here\n"),
     ],
 )
 def test_what_does_not_fit_is_complained_about(
@@ -82,7 +91,13 @@ def test_no_line_is_a_fault(text: str) -> None:
     assert text.lstrip().startswith(called)
     assert text.endswith(after)
     assert after.endswith(rest)
-    for parameters in (TWO_FLAGS, (Word(), Size()), (Settings(), Rest(optional=True)), (Flag("a"), Rest())):
+    for parameters in (
+        TWO_FLAGS,
+        (Word(), Size()),
+        (Settings(), Rest(optional=True)),
+        (Flag("a"), Rest()),
+        (Number(), Word()),
+    ):
         try:
             found = values("do", parameters, rest)
         except Complaint:

@@ -14,6 +14,7 @@ NODE: dict[str, Any] = {
     "encrypted": False,
     "cache": {"writeback": True, "direct": False, "no-flush": False},
     "detect_zeroes": "off",
+    **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0),
     "image": {"filename": "a.qcow2", "format": "qcow2", "virtual-size": 1 << 20, "actual-size": 512},
 }
 

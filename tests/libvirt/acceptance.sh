@@ -543,6 +543,46 @@ part_typed() {
 # human DOMAIN LINE: a command of the monitor for people.
 human() { virsh qemu-monitor-command "$1" --hmp "$2"; }
 
+# iotune MEMBERS: a disk with limits, into iotune.xml.
+iotune() { disk iotune vda raw plain.raw "" "" virtio "<iotune>$1</iotune>"; }
+
+# limits DOMAIN TARGET: what libvirt asks the emulator for, in one line.
+limits() { virsh blkdeviotune "$1" "$2" | sed -n 's/^\([a-z_]*\) *: \(.*[^0].*\)$/\1=\2/p' | tr '\n' ' '; }
+
+part_iotune() {
+    iotune "<total_bytes_sec>1048576</total_bytes_sec><write_iops_sec>50</write_iops_sec><read_iops_sec>70</read_iops_sec>"
+    ok "a disk with limits is attached" virsh attach-device acc iotune.xml
+    says "the emulator has them" '^total_bytes_sec=1048576 read_iops_sec=70 write_iops_sec=50 ' limits acc vda
+    says "and they are the device's" '"bps":1048576' monitor acc query-block
+    hides "libvirt has warned of nothing" 'block_set_io_throttle' cat "$HOME/.cache/libvirt/qemu/log/acc.log"
+    ok "they are changed" virsh blkdeviotune acc vda --total-bytes-sec 2000000 --total-bytes-sec-max 4000000 \
+        --total-bytes-sec-max-length 3 --read-iops-sec 0 --write-iops-sec 0
+    says "and are others now" \
+        '^total_bytes_sec=2000000 total_bytes_sec_max=4000000 .*total_bytes_sec_max_length=3 ' limits acc vda
+    ok "requests are limited" virsh blkdeviotune acc vda --total-bytes-sec 0 --total-bytes-sec-max 0 \
+        --total-bytes-sec-max-length 0 --total-iops-sec 9 --size-iops-sec 4096
+    says "with a size" '^total_iops_sec=9 size_iops_sec=4096 ' limits acc vda
+    refused "a total and a part of it are refused" 'cannot be set at the same time' \
+        virsh blkdeviotune acc vda --total-bytes-sec 5 --read-bytes-sec 5
+    refused "a burst below the mean is refused" 'cannot be|must be|lower' \
+        virsh blkdeviotune acc vda --total-iops-sec 9 --total-iops-sec-max 5
+    says "which changes nothing" '^total_iops_sec=9 size_iops_sec=4096 ' limits acc vda
+    ok "all limits are taken away" virsh blkdeviotune acc vda --total-iops-sec 0 --size-iops-sec 0
+    hides "and are gone" '[a-z]+_sec=[1-9]' limits acc vda
+    hides "the device is in no group" '"group"' monitor acc query-block
+    quickly "the disk is detached" virsh detach-device acc iotune.xml
+    iotune "<read_bytes_sec>4096</read_bytes_sec><group_name>shared</group_name>"
+    ok "a disk in a group is attached" virsh attach-device acc iotune.xml
+    disk iotune2 vdb raw payload.raw "" "" virtio \
+        "<iotune><read_bytes_sec>4096</read_bytes_sec><group_name>shared</group_name></iotune>"
+    ok "and another one" virsh attach-device acc iotune2.xml
+    ok "the limits of one are changed" virsh blkdeviotune acc vdb --read-bytes-sec 8192
+    says "and so are the other's" 'read_bytes_sec=8192.*group_name=shared' limits acc vda
+    quickly "one is detached" virsh detach-device acc iotune.xml
+    quickly "and the other" virsh detach-device acc iotune2.xml
+    says "no node is left" '"return":\[\]' nodes acc
+}
+
 part_human() {
     says "a person asks for the run state" '^VM status: paused' human acc 'info status'
     says "and the name" '^acc' human acc 'info name'
@@ -722,7 +762,7 @@ part_shutdown() {
 # -- All of them ----------------------------------------------------------------------------------------------
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(luks passphrase disks snapshots descriptors scsi typed human states destroy
+[ ${#parts[@]} -gt 0 ] || parts=(luks passphrase disks snapshots descriptors scsi iotune typed human states destroy
     reconnect crash interrupted messages)
 
 kind=unknown

@@ -28,17 +28,12 @@ LATER: Final = "comes together with the driver, object or job that it belongs to
 MACHINE: Final = "is about a machine, of which there is none"
 NETWORK: Final = "is about networks or a guest's other devices"
 CHAINS: Final = "is about compression and bitmaps, which no driver of ours has"
-THROTTLING: Final = "belongs to the throttle driver, which is not there yet"
 PRIMITIVES: Final = "is not offered by the cryptography library, or is no mode for a disk"
 ORNAMENT: Final = "would have no effect"
 MIGRATION: Final = "is about migration, of which there is none"
 ABSENT: Final = "is about a processor or a device of a machine, of which there is none"
 OURS: Final = "is an extension, and named as one"
 
-_RATES: Final = (
-    "bps_max bps_rd_max bps_wr_max iops_max iops_rd_max iops_wr_max bps_max_length bps_rd_max_length "
-    "bps_wr_max_length iops_max_length iops_rd_max_length iops_wr_max_length iops_size group"
-)
 
 #: (place, members or values that only QEMU has there, why qmpd has not).
 ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
@@ -46,7 +41,7 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
         "blockdev-add.driver",
         "blkdebug blklogwrites blkreplay blkverify bochs cloop compress copy-before-write copy-on-read dmg "
         "ftp ftps gluster host_cdrom http https iscsi nbd nfs nvme parallels preallocate qcow "
-        "qed quorum rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat",
+        "qed quorum rbd replication snapshot-access ssh vdi vhdx vmdk vpc vvfat",
         LATER,
     ),
     ("blockdev-add<file>", "aio-max-batch pr-manager x-check-cache-dropped", ORNAMENT),
@@ -86,7 +81,6 @@ ONLY_QEMU: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     ("query-block-jobs ->[]", "<mirror>", LATER),
     ("query-named-block-nodes ->[]", "dirty-bitmaps", CHAINS),
-    ("query-named-block-nodes ->[]", _RATES, THROTTLING),
     (
         "query-named-block-nodes ->[].image",
         "compressed",

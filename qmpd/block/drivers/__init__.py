@@ -28,6 +28,7 @@ _CLASSES: Final[Mapping[str, tuple[str, str]]] = {
     "null-co": ("null", "NullCoNode"),
     "qcow2": ("qcow2.driver", "Qcow2Node"),
     "raw": ("raw", "RawNode"),
+    "throttle": ("throttle", "ThrottleNode"),
 }
 
 #: The drivers that can make images, and the modules with their `create`.

@@ -12,7 +12,7 @@ from qmpd.block.permissions import Permission
 from qmpd.block.qemu_io import QemuIO
 from qmpd.commands.human import printed
 from qmpd.commands.human.command import Command
-from qmpd.commands.human.line import Complaint, Flag, Rest, Settings, Size, Word
+from qmpd.commands.human.line import Complaint, Flag, Number, Rest, Settings, Size, Word
 from qmpd.commands.human.qmp import Qmp
 from qmpd.errors import Error
 from qmpd.qapi import HelpRequested, settings
@@ -223,6 +223,14 @@ ACTIONS: Final = (
         "change a disk's size; a number alone is in MiB",
         _quietly("block_resize", "device", "size"),
         (_DEVICE, Size()),
+    ),
+    Command(
+        "block_set_io_throttle",
+        "device bps bps_rd bps_wr iops iops_rd iops_wr",
+        "limit what a disk reads and writes in a second; 0 for no limit",
+        _quietly("block_set_io_throttle", "id", "bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"),
+        (_DEVICE, *[Number()] * 6),
+        needs="block_set_io_throttle",
     ),
     Command("drive_del", "node", "close a node", _drive_del, (_DEVICE,)),
     Command(

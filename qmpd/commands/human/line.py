@@ -26,6 +26,10 @@ _SIZE: Final = re.compile(r"\s*\+?(?:0[xX][0-9a-fA-F]+|(?:[0-9]+(?:\.[0-9]*)?|\.
 #: What may stand behind a decimal number only.
 _UNITS: Final = tuple(".kKmMgGtTpP")
 _SIZE_MAX: Final = (1 << 63) - 1
+_NUMBER: Final = re.compile(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)")
+_NUMBER_MAX: Final = (1 << 64) - 1
+#: Where one of these follows, a number is part of a calculation.
+_OPERATORS: Final = tuple("+-*/%&|^")
 
 
 class Complaint(Exception):
@@ -74,7 +78,12 @@ class Settings:
     """A word of ``key=value,...``, for :mod:`qmpd.qapi.settings` to read; empty if it is absent."""
 
 
-Parameter = Flag | Word | Rest | Size | Settings
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number, decimal, octal (``010``) or hexadecimal (``0x10``); what QEMU would calculate is refused."""
+
+
+Parameter = Flag | Word | Rest | Size | Settings | Number
 Value = bool | int | str | None
 
 
@@ -138,6 +147,8 @@ def _value(command: str, parameter: Parameter, later: Sequence[Parameter], text:
                 raise Complaint("") from None
         case Size():
             return _size(text)
+        case Number():
+            return _number(text)
 
 
 def _flag(command: str, flag: Flag, later: Sequence[Parameter], text: str) -> tuple[bool, str]:
@@ -174,6 +185,23 @@ def _size(text: str) -> tuple[int, str]:
     if match is None or size is None or size > _SIZE_MAX:
         raise Complaint("invalid size\n")
     return size, text[match.end() :]
+
+
+def _number(text: str) -> tuple[int, str]:
+    match = _NUMBER.match(text)
+    if match is None:
+        wrong = text.removeprefix("-").removeprefix("+")[:1]
+        what = f"invalid char '{wrong}' in" if wrong else "unexpected end of"
+        raise Complaint(f"{what} expression\n")
+    sign, digits = match.groups()
+    base = 16 if digits[1:2] in ("x", "X") else 8 if digits.startswith("0") else 10
+    number = int(digits, base)
+    if number > _NUMBER_MAX:
+        raise Complaint("number too large\n")
+    rest = text[match.end() :]
+    if rest.lstrip(_SPACE).startswith(_OPERATORS):
+        raise Complaint("numbers are not calculated here\n")
+    return -number if sign == "-" else number, rest
 
 
 def _string(text: str) -> tuple[str, str]:

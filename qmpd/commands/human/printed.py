@@ -28,6 +28,13 @@ _IO_THREAD: Final = (
     ("aio-max-batch", "aio-max-batch"),
 )
 
+#: Of BlockDeviceInfo: the limits, in this order, without how long a burst may last.
+_RATES: Final = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+_LIMITS: Final = (
+    *("bps", "bps_rd", "bps_wr", "bps_max", "bps_rd_max", "bps_wr_max"),
+    *("iops", "iops_rd", "iops_wr", "iops_max", "iops_rd_max", "iops_wr_max", "iops_size"),
+)
+
 #: What drivers tell of their format, in QEMU's order, which is no alphabet's; what is ours alone comes last.
 _FORMAT_MEMBERS: Final = (
     *("compat", "compression-type", "lazy-refcounts", "bitmaps", "refcount-bits"),
@@ -92,6 +99,9 @@ def _inserted(inserted: Mapping[str, Any], *, verbose: bool) -> str:
         lines.append(f"    Backing file:     {inserted['backing_file']} (chain depth: {depth})")
     if inserted["detect_zeroes"] != "off":
         lines.append(f"    Detect zeroes:    {inserted['detect_zeroes']}")
+    if any(inserted[rate] for rate in _RATES):
+        limits = " ".join(f"{member}={inserted.get(member, 0)}" for member in _LIMITS)
+        lines.append(f"    I/O throttling:   {limits} group={inserted['group']}")
     if verbose:
         lines += ["", "Images:"]
         image: Mapping[str, Any] | None = inserted["image"]

@@ -27,6 +27,7 @@ import logging
 import os
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -367,6 +368,9 @@ class Connection(asyncio.BufferedProtocol):
     def _goes_with_others(self, request: Request) -> bool:
         """Whether this is a small read or write, of a kind that is served together with its like."""
         length, export = request.length, self._used
+        if export.backend.throttle_group is not None:
+            # Each is answered when the limits have let it through.
+            return False
         if request.command == wire.CMD_READ:
             # Where holes may be told of, only what is known to be none.
             return 0 < length <= _BATCH and (
@@ -669,8 +673,9 @@ class Connection(asyncio.BufferedProtocol):
         """
         self._ending = True
         self._make_room()
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        with nullcontext() if self._export is None else self._export.backend.hurried():
+            while self._tasks:
+                await asyncio.wait(set(self._tasks))
         if self._transport is not None:
             self._flush()
             self._transport.close()
