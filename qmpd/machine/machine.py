@@ -5,10 +5,10 @@ change of state, the power button, and whether the process ends with the machine
 
 There is no guest that would notice the power button and take its time, so a
 machine that runs switches itself off as soon as it is pressed, and one that was
-stopped, when it goes on; one that was never started does not care.  The SHUTDOWN comes a little after the reply of
-`system_powerdown`, as a guest's would, because clients begin to wait for it then.
-The type ``none`` has no button: as in QEMU the command is told of, and nothing
-else happens.
+stopped, when it goes on; one that was never started does not care.  The SHUTDOWN
+comes a little after the reply of `system_powerdown`, as a guest's would, because
+clients begin to wait for it then.  The type ``none`` has no button: as in QEMU the
+command is told of, and nothing else happens.
 """
 
 from __future__ import annotations

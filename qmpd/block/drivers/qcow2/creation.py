@@ -31,6 +31,7 @@ from qmpd.block.drivers.qcow2.header import (
     ExtensionType,
     Header,
     Incompatible,
+    check_encryption,
     feature_name_table,
 )
 from qmpd.block.drivers.qcow2.layout import CryptoHeader, Layout, Step
@@ -235,6 +236,8 @@ async def create(graph: Graph, options: _Options) -> None:
         layout = Layout(header, preallocation)
         if "encrypt" in options:
             layout = Layout(header, preallocation, await _make_crypto_header(graph, options["encrypt"]))
+        # QEMU finds out when it opens what it has made.
+        check_encryption(header.encryption, old=graph.old_encryption)
         try:
             await _write_image(target, data, layout, preallocation)
         except OSError as error:

@@ -48,6 +48,7 @@ from qmpd.block.drivers.qcow2.header import (
     ExtensionType,
     Header,
     Incompatible,
+    check_encryption,
 )
 from qmpd.block.drivers.qcow2.internal_snapshots import InternalSnapshots
 from qmpd.block.drivers.qcow2.mapping import BACKING_KINDS, COPIED, OFFSET, ZERO, ZERO_KINDS, Kind
@@ -179,11 +180,7 @@ class Qcow2Node(KeyslotHolder):
         settings = self._settings = Settings.parse(
             self.options, header, unmap=self.node_options.discard == "unmap"
         )
-        if header.encryption is Encryption.AES and not self.graph.old_encryption:
-            raise Error(
-                "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators",
-                "qmpd itself, and qemu-img, read them.",
-            )
+        check_encryption(header.encryption, old=self.graph.old_encryption)
         _check_encryption_options(self.options.get("encrypt"), header)
         await self._unlock(header)
         await self._open_data_file(header)

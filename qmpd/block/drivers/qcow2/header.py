@@ -69,6 +69,19 @@ class Encryption(enum.IntEnum):
     LUKS = 2
 
 
+def check_encryption(encryption: Encryption, *, old: bool) -> None:
+    """See that an image's method of encryption may be used.
+
+    :param old: whether the one that was before LUKS may be.
+    :raise Error: if it may not.
+    """
+    if encryption is Encryption.AES and not old:
+        raise Error(
+            "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators",
+            "qmpd itself and qemu-img read and write them.",
+        )
+
+
 class Incompatible(enum.IntFlag):
     """Bits that a program has to know to open the image at all."""
 
