@@ -18,6 +18,7 @@ StartDaemon = Callable[..., RunningDaemon]
 #: with: none is left for the end, when the other processes have nothing more to do.
 LONGEST: Final = (
     "conformance/test_conformance.py",
+    "libvirt/test_libvirt.py",
     "interop/test_keyslots.py",
     "interop/test_amend_answers.py",
     "stress/test_disks_under_load.py",

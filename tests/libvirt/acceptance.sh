@@ -570,7 +570,7 @@ part_iotune() {
     ok "all limits are taken away" virsh blkdeviotune acc vda --total-iops-sec 0 --size-iops-sec 0
     hides "and are gone" '[a-z]+_sec=[1-9]' limits acc vda
     hides "the device is in no group" '"group"' monitor acc query-block
-    quickly "the disk is detached" virsh detach-device acc iotune.xml
+    detached "the disk is detached" virsh detach-device acc iotune.xml
     iotune "<read_bytes_sec>4096</read_bytes_sec><group_name>shared</group_name>"
     ok "a disk in a group is attached" virsh attach-device acc iotune.xml
     disk iotune2 vdb raw payload.raw "" "" virtio \
@@ -578,8 +578,8 @@ part_iotune() {
     ok "and another one" virsh attach-device acc iotune2.xml
     ok "the limits of one are changed" virsh blkdeviotune acc vdb --read-bytes-sec 8192
     says "and so are the other's" 'read_bytes_sec=8192.*group_name=shared' limits acc vda
-    quickly "one is detached" virsh detach-device acc iotune.xml
-    quickly "and the other" virsh detach-device acc iotune2.xml
+    detached "one is detached" virsh detach-device acc iotune.xml
+    detached "and the other" virsh detach-device acc iotune2.xml
     says "no node is left" '"return":\[\]' nodes acc
 }
 

@@ -63,9 +63,9 @@ def encrypted(plain: bytes) -> bytes:
 
 
 async def test_a_key_is_the_passphrase_byte_for_byte(tree: ObjectTree, kernel: Kernel) -> None:
-    kernel.keys[7] = b"ab\0c\n"
+    kernel.keys[7] = b"ab\x7fc\n"
     await add(tree, serial=7)
-    assert bytes(tree.secret_bytes("s").data) == b"ab\0c\n"
+    assert bytes(tree.secret_bytes("s").data) == b"ab\x7fc\n"
     # Its length is asked first.
     assert kernel.asked == [None, 5]
 
