@@ -170,8 +170,9 @@ class Backend:
 
     async def pwrite_many(self, writes: Sequence[tuple[int, Data]]) -> list[OSError | None]:
         """Write several things, see :meth:`qmpd.block.node.Node.pwrite_many`."""
-        sizes = (len(data) for _, data in writes)
-        started = await self._turn(Direction.WRITE, *sizes) if self._queues else perf_counter_ns()
+        started = perf_counter_ns()
+        if self._queues:
+            started = await self._turn(Direction.WRITE, *(len(data) for _, data in writes))
         outcomes = await self._run(None, 0, self.node.pwrite_many(writes), started)
         took = perf_counter_ns() - started
         for number, ((_, data), failure) in enumerate(zip(writes, outcomes, strict=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any, Final
 
 from qmpd.commands import (
@@ -26,7 +27,7 @@ from qmpd.commands import (
     throttling,
     transaction,
 )
-from qmpd.commands.parts import Parts
+from qmpd.commands.parts import Handler, Parts
 
 _MODULES: Final = (
     block_core,
@@ -58,10 +59,19 @@ def handlers(parts: Parts) -> dict[str, Callable[..., Any]]:
     :raise ValueError: if a command has two.
     """
     table: dict[str, Callable[..., Any]] = {}
-    modules = _MODULES + _SYSTEM_MODULES if parts.is_system else _MODULES
-    for module in modules:
+    for module in _modules(parts):
         for name, handler in module.HANDLERS.items():
             if name in table:
                 raise ValueError(f"command with two handlers: {name}")
             table[name] = partial(handler, parts)
     return table
+
+
+def handler_of(parts: Parts, name: str) -> Handler:
+    """The handler of one command that this daemon has, not bound to the parts."""
+    found: Handler = next(module.HANDLERS[name] for module in _modules(parts) if name in module.HANDLERS)
+    return found
+
+
+def _modules(parts: Parts) -> tuple[ModuleType, ...]:
+    return _MODULES + _SYSTEM_MODULES if parts.is_system else _MODULES

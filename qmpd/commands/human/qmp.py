@@ -37,5 +37,5 @@ class Qmp:
         given = {key: value for key, value in (arguments or {}).items() if value is not None}
         self.parts.schema.commands[name].validate(given)
         client = (self.client,) if name in WITH_DESCRIPTORS else ()
-        result = table.handlers(self.parts)[name](given, *client)
+        result = table.handler_of(self.parts, name)(self.parts, given, *client)
         return await result if inspect.isawaitable(result) else result
